@@ -1,0 +1,1 @@
+"""How the operators of `sora_hw.ops` are computed: one folder per kind of device."""

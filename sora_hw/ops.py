@@ -1,0 +1,180 @@
+"""The operators: schemas, shape functions and autograd formulas, once for every device.
+
+A kernel package registers an implementation per dispatch key; the device of the tensors decides, per call. Packages
+are found through the entry-point group `sora_hw.kernels`, whose entries are named by device type, so a vendor can
+add a device without touching this repository. A device that no package serves raises `NotImplementedError`.
+
+    y = scale * base + z b^T + bias           `scale_rank_update`
+    n = || scale * W0 + b a ||_row            `factored_row_norm`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+import torch
+from torch import Tensor
+
+ENTRY_POINT_GROUP = "sora_hw.kernels"
+
+torch.library.define(
+    "sora_hw::scale_rank_update",
+    "(Tensor base, Tensor? scale, Tensor z, Tensor b, Tensor? bias, bool keep_base) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "sora_hw::scale_rank_update_backward",
+    "(Tensor grad, Tensor saved, Tensor? scale, Tensor z, Tensor b, Tensor? bias, bool saved_base, bool need_base)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "sora_hw::factored_row_norm",
+    "(Tensor weight, Tensor norm_squared, Tensor? scale, Tensor b, Tensor a) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def scale_rank_update(
+    base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None = None, *, keep_base: bool = False
+) -> Tensor:
+    """`y = scale * base + z b^T + bias`, accumulated in float32 (float64 for float64), returned in `base.dtype`.
+
+    Args:
+        base: the base product, (..., out); float32, float64, bfloat16 or float16.
+        scale: `c`, (out,), float32 or wider; None for one.
+        z: (..., R), of the dtype of `base`.
+        b: `B'`, (out, R), any floating dtype.
+        bias: (out,), float32 or wider; None for zero.
+        keep_base: what the backward pass keeps for the gradient of `scale`: the output, which the next operator
+            usually keeps anyway (False), or `base` itself (True). The former divides by `scale`: keep the base where
+            `scale` comes near zero.
+
+    Returns:
+        (..., out).
+    """
+    shape = base.shape
+    y = torch.ops.sora_hw.scale_rank_update(base.flatten(0, -2), scale, z.flatten(0, -2), b, bias, keep_base)
+    return y.view(shape)
+
+
+def factored_row_norm(weight: Tensor, norm_squared: Tensor, scale: Tensor | None, b: Tensor, a: Tensor) -> Tensor:
+    """`|| scale * W0 + b a ||` of every row, without forming the sum.
+
+    `n^2 = c^2 ||W0||^2 + 2 c rowsum((W0 a^T) * b) + rowsum((b (a a^T)) * b)`: one read of `W0`. No gradient: DoRA's
+    norm is a constant to autograd by definition (Liu et al. 2024, section 4.3).
+
+    Args:
+        weight: `W0`, (out, in).
+        norm_squared: `||W0||^2` of every row, (out,), float32 or wider; computed once and cached by the caller.
+        scale: `c`, (out,), or None for one.
+        b: (out, R).
+        a: (R, in).
+
+    Returns:
+        (out,), of the dtype of `norm_squared`.
+    """
+    return torch.ops.sora_hw.factored_row_norm(weight, norm_squared, scale, b, a)
+
+
+@torch.library.register_fake("sora_hw::scale_rank_update")
+def _(base, scale, z, b, bias, keep_base):
+    return torch.empty_like(base, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("sora_hw::scale_rank_update_backward")
+def _(grad, saved, scale, z, b, bias, saved_base, need_base):
+    return empty_gradients(grad, scale, z, b, bias, need_base)
+
+
+@torch.library.register_fake("sora_hw::factored_row_norm")
+def _(weight, norm_squared, scale, b, a):
+    return torch.empty_like(norm_squared)
+
+
+def empty_gradients(
+    grad: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, need_base: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of the backward operator, unfilled: the gradients of base, z, b, scale and bias.
+
+    What is not asked for has no elements. The gradient of `base` is not computed without a `scale`: it is `grad`.
+    """
+    nothing = grad.new_empty(0)
+    return (
+        grad.new_empty(grad.shape) if need_base and scale is not None else nothing,
+        z.new_empty(z.shape),
+        b.new_empty(b.shape),
+        nothing.clone() if scale is None else scale.new_empty(scale.shape),
+        nothing.clone() if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    base, scale, z, b, bias, keep_base = inputs
+    ctx.keep_base = keep_base
+    if scale is None:
+        saved = z  # only the gradient of `scale` needs the base product or the output
+    else:
+        saved = base if keep_base else output
+    ctx.save_for_backward(saved, scale, z, b, bias)
+
+
+def _backward(ctx, grad):
+    saved, scale, z, b, bias = ctx.saved_tensors
+    need_base = ctx.needs_input_grad[0]
+    dbase, dz, db, dscale, dbias = torch.ops.sora_hw.scale_rank_update_backward(
+        grad, saved, scale, z, b, bias, ctx.keep_base, need_base
+    )
+    if scale is None:
+        dbase, dscale = grad, None
+    if bias is None:
+        dbias = None
+    return dbase if need_base else None, dscale, dz, db, dbias, None
+
+
+torch.library.register_autograd("sora_hw::scale_rank_update", _backward, setup_context=_setup_context)
+
+
+@dataclass(frozen=True)
+class KernelPackage:
+    """A kernel package as its entry point names it.
+
+    Attributes:
+        device_type: the device type it serves: the name of the entry point.
+        module: the module that registers the implementations.
+        distribution: the installed distribution and its version.
+        error: why the module could not be imported, in one line; None where it was.
+    """
+
+    device_type: str
+    module: str
+    distribution: str
+    error: str | None
+
+
+_packages: list[KernelPackage] = []
+
+
+def load_kernel_packages() -> None:
+    """Import every kernel package there is, once. One that fails is recorded with its reason, not hidden."""
+    if _packages:
+        return
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+        try:
+            point.load()
+            error = None
+        except ImportError as reason:
+            error = " ".join(str(reason).split())
+        distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
+        _packages.append(KernelPackage(point.name, point.value, distribution, error))
+
+
+def kernel_packages() -> list[KernelPackage]:
+    """Every kernel package that was found, the broken ones with their reason."""
+    return list(_packages)
+
+
+def serving(device_type: str) -> KernelPackage | None:
+    """The kernel package that serves a device type, or None."""
+    return next((p for p in _packages if p.device_type == device_type and p.error is None), None)
