@@ -1,0 +1,21 @@
+.PHONY: setup demo test test-full lint bench
+
+setup:
+	@ci/setup
+
+demo: setup
+	@ci/demo
+
+test: setup
+	@ci/lint
+	@ci/test -m "not full"
+
+test-full: setup
+	@ci/lint
+	@ci/test
+
+lint: setup
+	@ci/lint
+
+bench: setup
+	@ci/bench

@@ -1,0 +1,54 @@
+"""What every test room shares: the markers, the reasons for skipping, and the folder with the shared data."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MARKERS = {
+    "gpu": "needs a usable CUDA device",
+    "npu": "needs a usable Ascend NPU",
+    "shared_data": "needs the shared benchmark data ($SORA_HW_DATA or ../shared/data beside the repository)",
+    "full": "a long campaign: runs in `make test-full`, not in `make test`",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, missing in (("gpu", _missing_gpu), ("npu", _missing_npu), ("shared_data", _missing_data)):
+        if item.get_closest_marker(marker) and (reason := missing()):
+            pytest.skip(f"{MARKERS[marker]}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the benchmark samples; a test that uses it carries the marker `shared_data`."""
+    if reason := _missing_data():
+        pytest.skip(f"{MARKERS['shared_data']}: {reason}")
+    return _data_folder()
+
+
+def _data_folder() -> Path:
+    return Path(os.environ.get("SORA_HW_DATA") or REPOSITORY.parent / "shared" / "data")
+
+
+def _missing_data() -> str | None:
+    folder = _data_folder()
+    return None if folder.is_dir() else f"{folder} is not a folder"
+
+
+def _missing_gpu() -> str | None:
+    from sora_hw.devices.cuda import CUDA
+
+    return CUDA.is_usable()
+
+
+def _missing_npu() -> str | None:
+    from sora_hw.devices.npu import NPU
+
+    return NPU.is_usable()
