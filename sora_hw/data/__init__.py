@@ -1,0 +1,1 @@
+"""Training data: reading, prompting, tokenising, and the embedded question set."""

@@ -1,0 +1,1 @@
+"""One file per benchmark: every value of the paper with its source."""

@@ -1,0 +1,1 @@
+"""One readable fine-tuning run on the Trainer of transformers and DeepSpeed ZeRO."""

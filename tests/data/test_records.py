@@ -1,0 +1,104 @@
+"""Records are read from every supported kind of file, and every malformed one is named with its line."""
+
+import gzip
+import json
+
+import pytest
+
+from sora_hw.data.records import Record, read_records
+from sora_hw.errors import DataError
+
+GOOD = {"instruction": "Is ice cold?", "input": "", "output": "the correct answer is true", "answer": "true"}
+WANTED = Record("Is ice cold?", "", "the correct answer is true", "true", "q/7")
+
+
+def write(folder, name, content):
+    """Write `content` (text or bytes) under `name`, gzipped when the name says so."""
+    content = content.encode() if isinstance(content, str) else content
+    path = folder / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "A.JSONL"])
+def test_every_kind_of_file_gives_the_same_records(tmp_path, name):
+    items = [{**GOOD, "id": "q/7", "task": "boolq", "label": 0}, {**GOOD, "instruction": "Is fire hot? ü"}]
+    as_list = ".json" in name and ".jsonl" not in name
+    text = json.dumps(items, indent=1) if as_list else "\n\n".join(map(json.dumps, items)) + "\n"
+    first, second = read_records([write(tmp_path, name, text)])
+    assert first == WANTED
+    assert second.instruction == "Is fire hot? ü"
+    assert second.id == (f"{name}:2" if as_list else f"{name}:3"), "the default id is the position or the line"
+
+
+def test_files_are_concatenated_in_the_order_given(tmp_path):
+    paths = [write(tmp_path, f"{n}.jsonl", json.dumps({**GOOD, "id": n})) for n in ("z", "a", "m")]
+    assert [record.id for record in read_records(paths)] == ["z", "a", "m"]
+
+
+def test_a_missing_input_is_empty_and_a_byte_order_mark_is_skipped(tmp_path):
+    item = {key: GOOD[key] for key in ("instruction", "output", "answer")}
+    path = write(tmp_path, "a.jsonl", b"\xef\xbb\xbf" + json.dumps(item).encode())
+    assert read_records([path])[0].input == ""
+
+
+GOOD_LINE = json.dumps(GOOD) + "\n"
+BROKEN = {
+    "empty.jsonl": ("", "empty.jsonl: the file holds no records"),
+    "blank.jsonl": (" \n\n", "holds no records"),
+    "empty.json": ("", "holds no records"),
+    "none.json": ("[]", "holds no records"),
+    "empty.jsonl.gz": ("", "holds no records"),
+    "text.jsonl": (GOOD_LINE + "\nnot json\n", "line 3: not JSON"),
+    "cut.json": ('[\n{"instruction": "a",\n', "line 3: not JSON"),
+    "text.json": ("hello", "line 1: not JSON"),
+    "lines.json": (GOOD_LINE, "must hold one list"),
+    "latin.jsonl": (GOOD_LINE.encode() * 2 + "é".encode("latin-1"), "line 3: not UTF-8"),
+    "latin.json": (b"[\n\n\xff]", "line 3: not UTF-8"),
+    "list.jsonl": (GOOD_LINE + "[1]", "line 2: a record must be an object, not a list"),
+    "number.json": ("[1]", "record 1: a record must be an object, not a number"),
+    "no_output.jsonl": (json.dumps({"instruction": "a", "answer": "b"}), 'line 1: the record lacks the field "output"'),
+    "no_answer.json": (
+        json.dumps([GOOD, {"instruction": "a", "output": "b"}]),
+        'record 2: .* lacks the field "answer"',
+    ),
+    "no_question.jsonl": (json.dumps({"output": "a", "answer": "b"}), 'lacks the field "instruction"'),
+    "type.jsonl": (json.dumps({**GOOD, "answer": 3}), '"answer" must be text, not a number'),
+    "null.jsonl": (json.dumps({**GOOD, "input": None}), '"input" must be text, not null'),
+    "bare.jsonl": (json.dumps({**GOOD, "output": " "}), '"output" is empty'),
+    "surrogate.jsonl": (json.dumps({**GOOD, "output": "\ud800"}), "surrogate"),
+    "deep.json": ("[" * 100_000, "line 1: .*nested"),
+    "long.jsonl": ("9" * 10_000, "line 1: .*too long a number"),
+    "data.csv": ("a,b", "unknown kind of data file"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_named_with_their_line(tmp_path, name):
+    content, message = BROKEN[name]
+    path = write(tmp_path, name, content)
+    with pytest.raises(DataError, match=message) as error:
+        read_records([path])
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such data file"):
+        read_records([tmp_path / "gone.jsonl"])
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"folder\.jsonl: cannot be read"):
+        read_records([tmp_path / "folder.jsonl"])
+
+
+def test_damaged_gzip_files_are_named(tmp_path):
+    whole = gzip.compress((GOOD_LINE * 50).encode())
+    for name, content, message in (
+        ("cut.jsonl.gz", whole[:-20], "truncated or damaged"),
+        ("flipped.jsonl.gz", whole[:12] + b"\xff\xff\xff" + whole[15:], "truncated or damaged"),
+        ("plain.jsonl.gz", GOOD_LINE.encode(), "not a gzip file"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read_records([path])
