@@ -113,10 +113,8 @@ def empty_gradients(
 def _setup_context(ctx, inputs, output):
     base, scale, z, b, bias, keep_base = inputs
     ctx.keep_base = keep_base
-    if scale is None:
-        saved = z  # only the gradient of `scale` needs the base product or the output
-    else:
-        saved = base if keep_base else output
+    kept = base if keep_base else output
+    saved = z if scale is None else kept  # only the gradient of `scale` needs one of the two
     ctx.save_for_backward(saved, scale, z, b, bias)
 
 

@@ -49,7 +49,9 @@ def rotation_scale(c: Tensor, e: Tensor, rule: RotationScale, eps: float) -> Ten
     product = 2.0 * norm_c * norm_d
     vanishes = product <= _ZERO_NORM_PRODUCT
     # The inner `where` keeps the division, and so its gradient, finite where the outer one discards it.
-    return torch.where(vanishes, torch.zeros_like(product), eps / torch.where(vanishes, torch.ones_like(product), product))
+    return torch.where(
+        vanishes, torch.zeros_like(product), eps / torch.where(vanishes, torch.ones_like(product), product)
+    )
 
 
 def rotation_factors(

@@ -14,9 +14,7 @@ from sora_hw.ops import empty_gradients
 _BLOCK_BYTES = 512 * 1024
 
 
-def forward(
-    base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, keep_base: bool
-) -> Tensor:
+def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, keep_base: bool) -> Tensor:
     """(N, out); see `sora_hw.ops.scale_rank_update`. `keep_base` concerns autograd only."""
     dtype = torch.promote_types(base.dtype, torch.float32)
     b_t = b.to(dtype).t()

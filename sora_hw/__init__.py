@@ -1,0 +1,14 @@
+"""Weight-conditioned adapters for language models, on CPU, CUDA and Ascend NPU.
+
+Importing the package registers the method with PEFT, so that `get_peft_model` and `PeftModel.from_pretrained` know it,
+and loads the kernel packages that are installed.
+"""
+
+from sora_hw.adapter import ConditionedConfig, ConditionedLinear, ConditionedModel, register
+from sora_hw.ops import load_kernel_packages
+
+__version__ = "0.1.0"
+__all__ = ["ConditionedConfig", "ConditionedLinear", "ConditionedModel", "__version__"]
+
+register(ConditionedConfig, ConditionedModel)
+load_kernel_packages()

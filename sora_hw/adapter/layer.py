@@ -1,0 +1,401 @@
+"""The conditioned linear layer: a frozen base layer and the adapters that condition its weight."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+
+from sora_hw import ops
+from sora_hw.adapter.config import ConditionedConfig
+from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, conditioned_weight, linear_map
+
+PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_C", "post_E", "magnitude")
+
+# The gradient of `c` is read off the output, an error that grows as 1 / |c|: in bfloat16 4e-3 at 0.1, 4e-2 at 0.01.
+# Below this bound the base product is kept for the backward pass instead.
+_SMALLEST_SCALE_FROM_OUTPUT = 0.1
+
+
+class _Original(NamedTuple):
+    """What a merge overwrote, in host memory, so that unmerging restores it bit for bit."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class ConditionedLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with weight-conditioned adapters, `y = x W'^T + b0`, `W' = post(pre(W0) + s B A)`.
+
+    The base product stays with the base layer, so sharded and quantised layers and the vendor's matrix product keep
+    working; the adapter adds one pass over its output (`sora_hw.ops.scale_rank_update`). The output has the dtype of
+    the base layer's output.
+
+    Args:
+        base_layer: `torch.nn.Linear`, or a layer like it.
+        adapter_name: name of the first adapter.
+        config: its configuration.
+        fan_in_fan_out: the base weight is stored as (in, out).
+    """
+
+    adapter_layer_names = tuple(f"conditioned_{name}" for name in PARAMETER_NAMES)
+    other_param_names = ("r", "scaling", "conditioning", "conditions_bias", "conditioned_dropout")
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: ConditionedConfig, fan_in_fan_out: bool = False
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.fan_in_fan_out = fan_in_fan_out
+        self.in_features, self.out_features = _features(self.get_base_layer())
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.conditioned_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.conditioning: dict[str, Conditioning] = {}
+        self.conditions_bias: dict[str, bool] = {}
+        self.merged_adapters: list[str] = []
+        self._original: _Original | None = None
+        self._norm_squared: tuple[object, Tensor] | None = None
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    # --- adapters ---
+
+    def update_layer(self, adapter_name: str, config: ConditionedConfig) -> None:
+        """Add an adapter, or replace the one of this name."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name} is merged: unmerge before replacing it")
+        for name in self.adapter_layer_names:
+            values = getattr(self, name)
+            if adapter_name in values:
+                del values[adapter_name]
+        self.r[adapter_name] = config.r
+        self.scaling[adapter_name] = config.scaling
+        self.conditioning[adapter_name] = config.conditioning
+        self.conditions_bias[adapter_name] = config.condition_bias
+        self.conditioned_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        shapes = config.conditioning.parameter_shapes(
+            self.in_features, self.out_features, config.r, config.rotation_rank
+        )
+        dtype = _adapter_dtype(self._base_dtype())
+        for name, shape in shapes.items():
+            getattr(self, f"conditioned_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=dtype))
+        self.reset_adapter(adapter_name, config.init_weights)
+        self._move_adapter_to_base_device(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_adapter(self, adapter_name: str, identity: bool = True) -> None:
+        """Start values: the identity, or a random point for tests.
+
+        `A` and `C` are Kaiming-uniform with `a = sqrt(5)` (`C` by fan-out), everything else starts so that `W' = W0`.
+        """
+        p = self.adapter_parameters(adapter_name)
+        if p["A"].is_meta:
+            return  # the values are loaded afterwards
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(p["A"], a=math.sqrt(5))
+            for name, value in p.items():
+                if name.endswith("_C"):
+                    nn.init.kaiming_uniform_(value, a=math.sqrt(5), mode="fan_out")
+                elif name == "magnitude":
+                    self._reset_magnitude(value, identity)
+                elif name != "A":
+                    nn.init.zeros_(value) if identity else nn.init.normal_(value, std=0.1)
+
+    def _reset_magnitude(self, magnitude: Tensor, identity: bool) -> None:
+        if self.weight.is_meta:
+            return
+        with self._base_weight() as weight:
+            magnitude.copy_(self._base_norm_squared(weight).sqrt())
+        if not identity:
+            magnitude.mul_(1 + 0.1 * torch.randn_like(magnitude))
+
+    def adapter_parameters(self, adapter_name: str) -> dict[str, Tensor]:
+        """The adapter's parameters by their names in `Conditioning.parameter_shapes`."""
+        named = {name: getattr(self, f"conditioned_{name}") for name in PARAMETER_NAMES}
+        return {name: values[adapter_name] for name, values in named.items() if adapter_name in values}
+
+    def cast_adapter_to_base_dtype(self, adapter_name: str) -> None:
+        """Store the adapter in the base weight's dtype, where that is a floating dtype."""
+        dtype = self._base_dtype()
+        if dtype.is_floating_point:
+            for parameter in self.adapter_parameters(adapter_name).values():
+                parameter.data = parameter.data.to(dtype)
+
+    def _move_adapter_to_base_device(self, adapter_name: str) -> None:
+        # The device only: PEFT's own helper would also round the start values to the base's dtype, and a magnitude
+        # rounded to bfloat16 no longer starts as the identity.
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or device.type == "meta":
+            return
+        for parameter in self.adapter_parameters(adapter_name).values():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
+
+    # --- forward ---
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """`x` (..., in) -> (..., out). Several active adapters add their differences from the base layer."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        base = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return base
+        outputs = [self._conditioned(name, x, base) for name in self.active_adapters if name in self.conditioned_A]
+        if len(outputs) == 1:
+            return outputs[0]
+        result = base
+        for output in outputs:
+            result = result + (output - base)
+        return result
+
+    def _conditioned(self, adapter_name: str, x: Tensor, base: Tensor) -> Tensor:
+        """The output under one adapter from `base`, the base layer's output with its bias."""
+        with torch.autocast(base.device.type, enabled=False):
+            linear = self._linear_map(adapter_name)
+            reads_output = linear.q is not None and not self._weight_is_readable()
+            bias = self._missing_bias(adapter_name, linear, reads_output)
+            z = self._low_rank_input(adapter_name, linear, x.to(base.dtype), base if reads_output else None)
+        return ops.scale_rank_update(base, linear.c, z, linear.b, bias, keep_base=_keeps_base(linear.c))
+
+    def _low_rank_input(self, adapter_name: str, linear: LinearMap, x: Tensor, base: Tensor | None) -> Tensor:
+        """`z = [s x~ A^T, h Q]`, (..., r + q), in the dtype of `x`.
+
+        `h Q` is `x (Q^T W0)^T`: one read of the weight and no pass over the output. Where the weight cannot be read
+        (sharded, quantised) it is taken from `base`, the finished product, instead.
+        """
+        rows = self.scaling[adapter_name] * self.conditioned_A[adapter_name]
+        dropout = self.conditioned_dropout[adapter_name]
+        drops = self.training and isinstance(dropout, nn.Dropout)
+        if linear.q is None:
+            return F.linear(dropout(x), rows.to(x.dtype))
+        q_t = linear.q.t()
+        if base is not None:
+            low_rank = F.linear(dropout(x), rows.to(x.dtype))
+            return torch.cat([low_rank, F.linear(base, q_t.to(base.dtype))], dim=-1)
+        weight = self._stored_weight()
+        probe = (q_t.to(weight.dtype) @ weight).to(x.dtype)
+        if not drops:
+            return F.linear(x, torch.cat([rows.to(x.dtype), probe]))
+        return torch.cat([F.linear(dropout(x), rows.to(x.dtype)), F.linear(x, probe)], dim=-1)
+
+    def _missing_bias(self, adapter_name: str, linear: LinearMap, reads_output: bool) -> Tensor | None:
+        """What the update must add so that the result has the bias it should, (out,), or None.
+
+        The base layer's output holds `b0` already: `c` scales it, and a rotation that reads that output turns it.
+        """
+        b0 = self.bias
+        if b0 is None or (linear.c is None and linear.q is None):
+            return None
+        turned = conditioned_bias(b0, linear)
+        present = turned if reads_output or linear.q is None else _times(linear.c, b0)
+        wanted = turned if self.conditions_bias[adapter_name] else b0
+        return None if wanted is present else wanted - present
+
+    def _linear_map(self, adapter_name: str, weight: Tensor | None = None) -> LinearMap:
+        """The coefficients of an adapter, on the base weight or on the `weight` (out, in) given."""
+
+        @contextmanager
+        def the_weight() -> Iterator[Tensor]:
+            if weight is not None:
+                yield weight
+            else:
+                with self._base_weight() as base:
+                    yield base
+
+        def row_norm(c: Tensor | None, b: Tensor, a: Tensor) -> Tensor:
+            with the_weight() as w:
+                norm_squared = _row_norm_squared(w) if weight is not None else self._base_norm_squared(w)
+                return ops.factored_row_norm(w, norm_squared, c, b, a)
+
+        def pull_back(q: Tensor) -> Tensor:
+            with the_weight() as w:
+                return (q.t().to(w.dtype) @ w).t()
+
+        return linear_map(
+            self.conditioning[adapter_name],
+            self.adapter_parameters(adapter_name),
+            self.scaling[adapter_name],
+            row_norm,
+            pull_back,
+        )
+
+    # --- the base weight ---
+
+    def _stored_weight(self) -> Tensor:
+        """`W0` as (out, in), a view of the stored weight."""
+        weight = self.get_base_layer().weight
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _base_dtype(self) -> torch.dtype:
+        return self.get_base_layer().weight.dtype
+
+    def _weight_is_readable(self) -> bool:
+        """Whether the whole weight lies there as a plain floating tensor: neither quantised nor sharded."""
+        weight = self.get_base_layer().weight
+        plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+        return plain and not hasattr(weight, "ds_id")  # the mark of a parameter sharded by ZeRO-3
+
+    @contextmanager
+    def _base_weight(self) -> Iterator[Tensor]:
+        """`W0` as (out, in) for reading, gathered where ZeRO-3 has sharded it."""
+        weight = self.get_base_layer().weight
+        if not weight.is_floating_point():
+            raise ValueError("a magnitude needs the norm of the base weight, which a quantised layer does not give")
+        with gather_params_ctx([weight], modifier_rank=None):
+            yield self._stored_weight().detach()
+
+    def _base_norm_squared(self, weight: Tensor) -> Tensor:
+        """`||W0||^2` of every row, (out,), computed once and kept until the weight changes."""
+        key = (weight.data_ptr(), weight._version) if self._weight_is_readable() else weight.device
+        if self._norm_squared is None or self._norm_squared[0] != key:
+            self._norm_squared = (key, _row_norm_squared(weight))
+        return self._norm_squared[1]
+
+    # --- merging ---
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the conditioned weight into the base layer, rounded once from float32.
+
+        The original waits in host memory until `unmerge`.
+
+        Args:
+            safe_merge: refuse, leaving the layer as it is, when the merged weight is not finite.
+            adapter_names: the adapters to merge; the active ones by default.
+
+        Raises:
+            ValueError: for a quantised base layer, or under `safe_merge` for a weight that is not finite.
+        """
+        names = self._mergeable(adapter_names)
+        if not names:
+            return
+        with self._base_gathered():
+            original = self._original or self._copy_to_host()
+            self._write_merged(self.merged_adapters + names, original, safe_merge)
+        self._original = original
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        with self._base_gathered():
+            base.weight.data.copy_(self._original.weight)
+            if self._original.bias is not None:
+                base.bias.data.copy_(self._original.bias)
+        self._original = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer alone, merged if asked. Keeps no copy of the original."""
+        names = self._mergeable(adapter_names) if merge else []
+        if names:
+            with self._base_gathered():
+                original = self._original or self._live_values()
+                self._write_merged(self.merged_adapters + names, original, safe_merge)
+        return self.get_base_layer()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """`W' - W0` of one adapter in the layout of the stored weight, float32 or wider."""
+        with torch.no_grad(), self._base_gathered():
+            original = self._original or self._live_values()
+            weight, _ = self._conditioned_values(adapter_name, original)
+            delta = weight - self._out_in(original.weight).to(weight)
+            return delta.t() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's conversion to LoRA works from the difference of the weights, which does not hold the bias."""
+        return not self.conditions_bias[adapter_name] or self.bias is None
+
+    def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.conditioned_A]
+        if names and not self._base_dtype().is_floating_point:
+            raise ValueError("merging into a quantised base layer is not supported: load the base model unquantised")
+        return names
+
+    def _base_gathered(self):
+        base = self.get_base_layer()
+        return gather_params_ctx([base.weight] if base.bias is None else [base.weight, base.bias])
+
+    def _live_values(self) -> _Original:
+        base = self.get_base_layer()
+        return _Original(base.weight.data, None if base.bias is None else base.bias.data)
+
+    def _copy_to_host(self) -> _Original:
+        live = self._live_values()
+        return _Original(*(None if t is None else t.to("cpu", copy=True) for t in live))
+
+    def _out_in(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _conditioned_values(self, adapter_name: str, original: _Original) -> tuple[Tensor, Tensor | None]:
+        """`W'` (out, in) and the bias under one adapter, float32 or wider, on the base layer's device."""
+        a = self.conditioned_A[adapter_name]
+        weight = self._out_in(original.weight).to(a.device, _adapter_dtype(original.weight.dtype))
+        linear = self._linear_map(adapter_name, weight)
+        bias = original.bias
+        if bias is not None:
+            bias = bias.to(weight.device, weight.dtype)
+            bias = conditioned_bias(bias, linear) if self.conditions_bias[adapter_name] else bias
+        return conditioned_weight(weight, linear, a, self.scaling[adapter_name]), bias
+
+    @torch.no_grad()
+    def _write_merged(self, names: list[str], original: _Original, safe: bool) -> None:
+        """Write the original plus every adapter's difference from it; each is conditioned against the original."""
+        values = [self._conditioned_values(name, original) for name in names]
+        weight, bias = values[0]
+        for more_weight, more_bias in values[1:]:
+            weight = weight + (more_weight - self._out_in(original.weight).to(weight))
+            if bias is not None:
+                bias = bias + (more_bias - original.bias.to(bias))
+        if safe and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
+            raise ValueError(f"NaNs detected in the merged weights. The adapters {', '.join(names)} seem to be broken")
+        base = self.get_base_layer()
+        base.weight.data.copy_(self._out_in(weight))
+        if bias is not None:
+            base.bias.data.copy_(bias)
+
+    def __repr__(self) -> str:
+        return "conditioned." + super().__repr__()
+
+
+def _features(base: nn.Module) -> tuple[int, int]:
+    """(in, out) of a Linear or Conv1D; from attributes, since the weight may be sharded."""
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    return base.nx, base.nf
+
+
+def _adapter_dtype(base: torch.dtype) -> torch.dtype:
+    """Adapters train in float32, beside a float64 base in float64."""
+    return torch.promote_types(base, torch.float32) if base.is_floating_point else torch.float32
+
+
+def _row_norm_squared(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, dim=1, dtype=_adapter_dtype(weight.dtype)).square()
+
+
+def _times(c: Tensor | None, t: Tensor) -> Tensor:
+    return t if c is None else c * t
+
+
+def _keeps_base(c: Tensor | None) -> bool:
+    """Whether the backward pass must keep the base product to give `c` its gradient."""
+    if c is None or not (torch.is_grad_enabled() and c.requires_grad) or c.is_meta:
+        return False
+    return bool(c.detach().abs().min() < _SMALLEST_SCALE_FROM_OUTPUT)
