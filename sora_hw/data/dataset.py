@@ -1,0 +1,126 @@
+"""From records to token ids: what is learned of each, what had to be cut, which are held out, in which order they come."""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from sora_hw.data.prompts import prompt, training_text
+from sora_hw.data.records import Record
+from sora_hw.errors import DataError
+
+IGNORED = -100  # the label of a token that is read but not learned (torch.nn.CrossEntropyLoss)
+
+
+@dataclass(frozen=True)
+class Samples(Dataset):
+    """Tokenised records. Sample i is {"input_ids": list[int], "labels": list[int]} of equal, unpadded length.
+
+    `truncated` counts the records that were longer than the maximum length; `left_out` those among them of which
+    nothing to be learned remained.
+    """
+
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+    ids: list[str]
+    truncated: int
+    left_out: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+
+
+def tokenise(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, learn: str = "text"
+) -> Samples:
+    """Tokens of prompt + output + end-of-text, at most `max_length` of them, as LLM-Adapters' fine-tuning makes them.
+
+    `learn` says which tokens have labels: "text" all of them (LLM-Adapters, and so the paper), "answer" those of the
+    output and the end-of-text alone.
+
+    Raises DataError when every record is longer than `max_length`: nothing would be learned whole.
+    """
+    texts = [training_text(record) for record in records]
+    encoded = tokenizer(texts, return_offsets_mapping=learn == "answer", return_attention_mask=False)
+    input_ids = [_ended(tokens, tokenizer.eos_token_id) for tokens in encoded["input_ids"]]
+    labels = input_ids
+    if learn == "answer":
+        starts = [len(prompt(record, for_training=True)) for record in records]
+        labels = list(map(_answer_only, input_ids, encoded["offset_mapping"], starts))
+    lengths = list(map(len, input_ids))
+    truncated = sum(length > max_length for length in lengths)
+    if truncated == len(records):
+        raise DataError(
+            f"every record is longer than the maximum length of {max_length} tokens (the shortest has {min(lengths)}); "
+            "raise --max-length"
+        )
+    kept = [index for index, targets in enumerate(labels) if _teaches(targets[:max_length])]
+    return Samples(
+        input_ids=[input_ids[index][:max_length] for index in kept],
+        labels=[labels[index][:max_length] for index in kept],
+        ids=[records[index].id for index in kept],
+        truncated=truncated,
+        left_out=len(records) - len(kept),
+    )
+
+
+def _ended(tokens: list[int], end_of_text: int) -> list[int]:
+    return tokens if tokens[-1] == end_of_text else [*tokens, end_of_text]
+
+
+def _answer_only(tokens: list[int], offsets: list[tuple[int, int]], start: int) -> list[int]:
+    """Labels for the tokens that reach beyond character `start` of the text, and for the end-of-text."""
+    learned = [end > start for _, end in offsets[: len(tokens) - 1]] + [True]
+    return [token if known else IGNORED for token, known in zip(tokens, learned, strict=True)]
+
+
+def _teaches(labels: list[int]) -> bool:
+    """Whether any label counts; the first does not, for nothing stands before it that could predict it."""
+    return any(label != IGNORED for label in labels[1:])
+
+
+def split(records: Sequence[Record], validation_size: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """(training records, validation records): `validation_size` of them drawn by `seed`, the rest in their order.
+
+    Raises DataError when nothing would be left to train on.
+    """
+    if validation_size >= len(records):
+        raise DataError(
+            f"a validation split of {validation_size} records leaves nothing of {len(records)} to train on; "
+            "give more data or a smaller --validation-size"
+        )
+    held_out = set(random.Random(f"validation {seed}").sample(range(len(records)), validation_size))
+    training = [record for index, record in enumerate(records) if index not in held_out]
+    return training, [records[index] for index in sorted(held_out)]
+
+
+def sample_order(size: int, total: int, seed: int) -> list[int]:
+    """The sample to take at each of `total` places: shuffled passes over 0 .. size-1, one after the other.
+
+    It depends on nothing but its arguments, so a run draws the same samples for every optimiser step on any number of
+    ranks. A step may take the end of one pass and the start of the next: no step is smaller than the others.
+    """
+    order: list[int] = []
+    for epoch in count():
+        if len(order) >= total:
+            return order[:total]
+        indices = list(range(size))
+        random.Random(f"epoch {epoch} of seed {seed}").shuffle(indices)
+        order += indices
+
+
+def checksum(records: Sequence[Record]) -> str:
+    """SHA-256 of what the records say, in their order; the same for one file as for its parts or its gzip."""
+    digest = hashlib.sha256()
+    for record in records:
+        fields = [record.instruction, record.input, record.output, record.answer]
+        digest.update(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
