@@ -1,0 +1,58 @@
+"""The command line `sora-hw`.
+
+    sora-hw doctor      what this machine has, what is missing, and what to do about it
+
+A subcommand is a function `(arguments, console) -> exit code`, added in `_parser`. Exit codes: 0 for success, 1 for a
+finding that the subcommand exists to report, 2 for an error of the user's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from sora_hw import __version__
+from sora_hw.doctor import examine
+from sora_hw.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code; an error of the user's is one line on the standard error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments, Console())
+    except UserError as error:
+        print(f"sora-hw: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sora-hw", description="Weight-conditioned adapters: tools beside training.")
+    parser.add_argument("--version", action="version", version=f"sora-hw {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = commands.add_parser("doctor", help="what this machine has, what is missing, and what to do about it")
+    command.set_defaults(run=doctor)
+    return parser
+
+
+def doctor(arguments: argparse.Namespace, console: Console) -> int:
+    """Print the facts of this machine; 0 where training on the CPU can start, 1 where something is broken."""
+    problems = []
+    for section in examine():
+        console.print(section.table)
+        for note in section.notes:
+            console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+        problems += section.problems
+    for problem in problems:
+        console.print(f"broken: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if not problems:
+        console.print("Ready: training on the CPU can start.", style="green")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
