@@ -1,0 +1,162 @@
+"""The operators on the CPU: float64 references, `opcheck`, layouts, dtypes, the two ways to the gradient of `scale`."""
+
+import itertools
+
+import pytest
+import torch
+
+from sora_hw import ops
+
+# dtype -> bound on the error relative to the largest entry; half a unit in the last place plus float32 sums
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+def inputs(dtype=torch.float64, n=70, out=33, r=5, scale=True, bias=True, seed=0, layout="contiguous"):
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    base, z = normal(n, out), normal(n, r)
+    if layout == "strided":
+        base, z = normal(n, 2 * out)[:, :out], normal(r, n).t()
+    return (
+        base.requires_grad_(),
+        (0.5 + torch.rand(out, generator=g, dtype=torch.float64)).to(wide).requires_grad_() if scale else None,
+        z.requires_grad_(),
+        normal(out, r, dtype=wide).requires_grad_(),
+        normal(out, dtype=wide).requires_grad_() if bias else None,
+    )
+
+
+def expected(base, scale, z, b, bias):
+    """In float64 from the very values the operator saw."""
+    base, scale, z, b, bias = (
+        None if t is None else t.detach().double().requires_grad_() for t in (base, scale, z, b, bias)
+    )
+    y = (base if scale is None else scale * base) + z @ b.T + (0 if bias is None else bias)
+    return y, [t for t in (base, scale, z, b, bias) if t is not None]
+
+
+def close(actual, reference, dtype, factor=1):
+    bound = factor * TOLERANCE[dtype] * reference.abs().max().clamp(min=1e-30)
+    assert (actual.double() - reference).abs().max() <= bound
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("keep_base", [False, True])
+@pytest.mark.parametrize(("scale", "bias"), list(itertools.product([True, False], repeat=2)))
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_values_and_gradients_against_float64(dtype, scale, bias, keep_base, layout):
+    args = inputs(dtype, scale=scale, bias=bias, layout=layout, n=600, out=300)  # several blocks of rows
+    y = ops.scale_rank_update(*args, keep_base=keep_base)
+    reference, leaves = expected(*args)
+    assert y.dtype == dtype
+    close(y, reference.detach(), dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    given = [t for t in args if t is not None]
+    gradients = zip(torch.autograd.grad(y, given, dy), torch.autograd.grad(reference, leaves, dy.double()), strict=True)
+    for leaf, (actual, wanted) in zip(given, gradients, strict=True):
+        # Read off the rounded output, the gradient of `scale` carries the rounding of an output some three times as
+        # large as the base product it stands for.
+        close(actual, wanted, dtype, factor=3 if leaf is args[1] and not keep_base else 1)
+
+
+def test_gradcheck():
+    for keep_base in (False, True):
+        args = inputs(n=4, out=6, r=2)
+        assert torch.autograd.gradcheck(lambda *a, k=keep_base: ops.scale_rank_update(*a, keep_base=k), args)
+    x, a = torch.randn(2, 3, 5).double().requires_grad_(), torch.randn(4, 5).double().requires_grad_()
+    assert torch.autograd.gradcheck(ops.skinny_product, (x, a))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, False)])
+def test_opcheck(dtype, scale, bias):
+    base, c, z, b, bias_ = inputs(dtype, scale=scale, bias=bias)
+    for keep_base in (False, True):
+        torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (base, c, z, b, bias_, keep_base))
+    detached = [None if t is None else t.detach() for t in (c, z, b, bias_)]
+    for saved_base, need_base in itertools.product([True, False], repeat=2):
+        args = (base.detach(), base.detach(), *detached, saved_base, need_base)
+        torch.library.opcheck(torch.ops.sora_hw.scale_rank_update_backward, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_of_the_product_and_the_norm(dtype):
+    x, a = torch.randn(2, 7, 16, dtype=dtype), torch.randn(3, 16, dtype=dtype)
+    torch.library.opcheck(torch.ops.sora_hw.skinny_product, (x.requires_grad_(), a.requires_grad_()))
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, b = torch.randn(9, 16, dtype=dtype), torch.randn(9, 3, dtype=wide)
+    norm_squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+    for c in (None, torch.rand(9, dtype=wide)):
+        torch.library.opcheck(torch.ops.sora_hw.factored_row_norm, (weight, norm_squared, c, b, a.detach().to(wide)))
+
+
+def test_no_rows_give_no_rows_and_zero_gradients():
+    args = inputs(n=0)
+    y = ops.scale_rank_update(*args)
+    assert y.shape == (0, 33)
+    for gradient in torch.autograd.grad(y.sum(), args):
+        assert not gradient.any()
+
+
+def test_leading_dimensions_are_kept():
+    base, scale, z, b, bias = inputs(n=12)
+    flat = ops.scale_rank_update(base, scale, z, b, bias)
+    deep = ops.scale_rank_update(base.view(2, 3, 2, -1), scale, z.view(2, 3, 2, -1), b, bias)
+    assert torch.equal(deep.view(12, -1), flat)
+    x, a = torch.randn(2, 3, 4, 8), torch.randn(5, 8)
+    assert torch.allclose(ops.skinny_product(x, a), x @ a.T, atol=1e-6)
+
+
+def test_only_the_gradients_asked_for_are_computed():
+    base, scale, z, b, bias = inputs()
+    y = ops.scale_rank_update(base.detach(), scale, z, b.detach(), bias)
+    reference, _ = expected(base, scale, z, b, bias)
+    y.sum().backward()
+    assert base.grad is None and b.grad is None
+    assert torch.allclose(scale.grad, base.detach().sum(0))
+    assert torch.allclose(y, reference.detach())
+
+
+def test_keeping_the_base_is_exact_where_reading_it_off_the_output_is_not():
+    """The reason for `keep_base`: an entry of `scale` at zero leaves nothing of the base product in the output."""
+    base, scale, z, b, bias = inputs()
+    with torch.no_grad():
+        scale[3] = 0
+    dy = torch.ones_like(base)
+    (kept,) = torch.autograd.grad(ops.scale_rank_update(base, scale, z, b, bias, keep_base=True), scale, dy)
+    assert torch.allclose(kept, base.detach().sum(0))
+    (read,) = torch.autograd.grad(ops.scale_rank_update(base, scale, z, b, bias), scale, dy)
+    assert not torch.isfinite(read[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_factored_norm_is_the_norm_of_the_dense_sum(dtype, scaled):
+    g = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    weight = torch.randn(50, 80, generator=g, dtype=torch.float64).to(dtype)
+    b, a = (0.1 * torch.randn(*s, generator=g, dtype=torch.float64).to(wide) for s in ((50, 4), (4, 80)))
+    c = torch.rand(50, generator=g, dtype=torch.float64).to(wide) if scaled else None
+    norm_squared = weight.double().square().sum(1).to(wide)
+    actual = ops.factored_row_norm(weight, norm_squared, c, b, a)
+    dense = weight.double() * (1 if c is None else c.double()[:, None]) + b.double() @ a.double()
+    error = (actual.double() / torch.linalg.norm(dense, dim=1) - 1).abs().max()
+    assert error < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-3}[dtype]
+
+
+def test_a_vanishing_row_has_norm_zero_and_no_nan():
+    a = torch.linalg.qr(torch.randn(20, 4))[0].T
+    b = torch.randn(6, 4)
+    weight = -(b @ a)
+    norm = ops.factored_row_norm(weight, weight.square().sum(1), None, b, a)
+    assert torch.isfinite(norm).all() and norm.max() < 1e-2
+
+
+def test_the_kernel_packages_are_found_by_entry_point():
+    package = ops.serving("cpu")
+    assert package is not None and package.module == "sora_hw_kernels.reference" and package.error is None
+    assert ops.serving("xpu") is None
