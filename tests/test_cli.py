@@ -59,11 +59,11 @@ def test_an_unsupported_library_is_broken(examined, monkeypatch):
 
 
 def test_a_device_that_is_not_usable_is_a_note_with_its_remedy(examined, monkeypatch):
-    monkeypatch.setattr(CudaDevice, "is_usable", lambda self: "the driver [GPU] is missing: install it")
+    monkeypatch.setattr(CudaDevice, "is_usable", lambda self: "the driver is missing: pip install 'driver[gpu]'")
     code, out = examined()
     assert code == 0
     assert re.search(r"cuda +│ NVIDIA GPU +│ - +│ - +│ nccl +│ no", out)
-    assert "cuda: the driver [GPU] is missing: install it" in out
+    assert "cuda: the driver is missing: pip install 'driver[gpu]'" in out
 
 
 def test_a_usable_device_is_shown_with_count_name_and_memory(examined, monkeypatch):
