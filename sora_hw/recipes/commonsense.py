@@ -1,0 +1,64 @@
+"""Commonsense reasoning: Commonsense15K, the paper's Table 3.
+
+    deepspeed launchers/commonsense.py --train-data commonsense_15k.json
+
+"paper" below is the SORA paper's section on commonsense reasoning, "LLM-Adapters" the code of Hu et al. (2023) whose
+data, prompt and protocol it follows.
+"""
+
+from dataclasses import replace
+
+from sora_hw.recipes.recipe import Recipe
+
+DESCRIPTION = "Fine-tune a language model on commonsense questions with a weight-conditioned adapter."
+DATA = "Commonsense15K (on the Hugging Face hub: fw407/Commonsense-15K)"
+
+
+def recipe() -> Recipe:
+    """The paper's recipe."""
+    return Recipe(
+        name="commonsense",
+        model="meta-llama/Meta-Llama-3-8B",  # paper, Table 3
+        method="sora",
+        target_modules=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),  # paper
+        rank=16,  # paper: 4, 8, 16 and 32
+        alpha=32,  # paper, for every rank
+        rotation_rank=1,  # paper
+        rotation="taylor",  # paper
+        rotation_scale="bounded",  # paper, Theorem 2
+        dropout=0.05,  # default of the authors' script
+        max_length=512,  # paper
+        learn="text",  # LLM-Adapters: train_on_inputs
+        validation_size=120,  # LLM-Adapters: val_set_size
+        global_batch=128,  # paper
+        epochs=5,  # paper
+        max_steps=588,  # paper; no rounding of 5 epochs gives it, so it stands by itself
+        warmup_steps=20,  # paper
+        learning_rate=4e-4,  # paper
+        schedule="cosine",  # paper
+        beta1=0.9,  # paper
+        beta2=0.999,  # paper
+        weight_decay=0.0,  # default of the Trainer, which LLM-Adapters keeps
+        max_grad_norm=1.0,  # default of the Trainer, which LLM-Adapters keeps
+        seed=42,  # default of the Trainer; the paper runs one seed
+        log_steps=1,
+        save_steps=80,  # LLM-Adapters
+        eval_steps=80,  # LLM-Adapters
+        keep_best=False,  # the paper scores the adapter of the last step
+    )
+
+
+def embedded() -> Recipe:
+    """The same on the embedded tiny model: what its size needs is different, the method is not."""
+    return replace(
+        recipe(),
+        model="embedded",
+        max_length=256,
+        validation_size=32,
+        global_batch=32,
+        max_steps=150,
+        warmup_steps=10,
+        learning_rate=2e-3,
+        save_steps=50,
+        eval_steps=50,
+    )

@@ -1,0 +1,82 @@
+"""What a recipe says: everything that decides which adapter a run produces, and nothing about its hardware."""
+
+import math
+from dataclasses import dataclass, field, fields
+
+from sora_hw.conditioning import PRESETS
+from sora_hw.errors import UserError
+from sora_hw.rotation import ROTATION_SCALES, ROTATIONS
+
+MODEL, DATA, OPTIMISATION, RUN = "model and method", "data", "optimisation", "run"
+
+
+def value(group: str, help: str, **limits):
+    """A recipe's field: its place in the launcher's --help and what it may be (`least`, `above`, `below`, `among`)."""
+    return field(metadata={"group": group, "help": help, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A fine-tuning recipe. The launcher has one flag for each field.
+
+    Raises UserError, naming the launcher's flag, for a value outside its limits.
+    """
+
+    name: str
+    model: str = value(MODEL, "base model: a folder, a model id of the Hugging Face hub, or `embedded`")
+    method: str = value(MODEL, "how the base weights are conditioned", among=tuple(PRESETS))
+    target_modules: tuple[str, ...] = value(MODEL, "names of the linear layers to adapt")
+    rank: int = value(MODEL, "rank of the low-rank update", least=1)
+    alpha: float = value(MODEL, "scale of the low-rank update is alpha / rank", above=0)
+    rotation_rank: int = value(MODEL, "rank of the rotation, for methods that have one", least=1)
+    rotation: str = value(MODEL, "form of the rotation", among=tuple(ROTATIONS))
+    rotation_scale: str = value(MODEL, "how the rotation's size is held small", among=tuple(ROTATION_SCALES))
+    dropout: float = value(MODEL, "dropout on the low-rank path", least=0, below=1)
+
+    max_length: int = value(DATA, "longest sample in tokens; longer ones are cut and counted", least=2)
+    learn: str = value(DATA, "learn the whole text of a sample or its answer alone", among=("text", "answer"))
+    validation_size: int = value(DATA, "training records held out for a validation loss; 0 for none", least=0)
+
+    global_batch: int = value(OPTIMISATION, "samples per optimiser step, over all ranks", least=1)
+    epochs: float = value(OPTIMISATION, "passes over the data, where --max-steps is not given", above=0)
+    max_steps: int | None = value(OPTIMISATION, "optimiser steps; goes before --epochs", least=1)
+    warmup_steps: int = value(OPTIMISATION, "steps of linear warm-up", least=0)
+    learning_rate: float = value(OPTIMISATION, "peak learning rate of AdamW", above=0)
+    schedule: str = value(OPTIMISATION, "learning rate after the warm-up", among=("cosine", "linear", "constant"))
+    beta1: float = value(OPTIMISATION, "AdamW's decay of the mean gradient", least=0, below=1)
+    beta2: float = value(OPTIMISATION, "AdamW's decay of the mean squared gradient", least=0, below=1)
+    weight_decay: float = value(OPTIMISATION, "AdamW's weight decay", least=0)
+    max_grad_norm: float = value(OPTIMISATION, "gradients are clipped to this norm; 0 for no clipping", least=0)
+    seed: int = value(OPTIMISATION, "decides initialisation, dropout, split and order of samples", least=0)
+
+    log_steps: int = value(RUN, "steps between logged losses", least=1)
+    save_steps: int = value(RUN, "steps between checkpoints", least=1)
+    eval_steps: int = value(RUN, "steps between validation losses", least=1)
+    keep_best: bool = value(RUN, "end with the checkpoint of the lowest validation loss instead of the last")
+
+    def __post_init__(self):
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), item.metadata)
+        if not self.target_modules:
+            raise UserError("--target-modules: give at least one layer name")
+        if self.keep_best and (not self.validation_size or self.save_steps % self.eval_steps):
+            raise UserError(
+                "--keep-best needs --validation-size above 0 and --save-steps that are a multiple of --eval-steps "
+                f"(they are {self.validation_size}, {self.save_steps} and {self.eval_steps})"
+            )
+
+
+def _check(name: str, given, limits) -> None:
+    flag = "--" + name.replace("_", "-")
+    if given is None:
+        return
+    if "among" in limits and given not in limits["among"]:
+        raise UserError(f"{flag} {given}: choose one of {', '.join(limits['among'])}")
+    if isinstance(given, float) and not math.isfinite(given):
+        raise UserError(f"{flag} {given}: must be a finite number")
+    if "least" in limits and given < limits["least"]:
+        raise UserError(f"{flag} {given}: must be at least {limits['least']}")
+    if "above" in limits and given <= limits["above"]:
+        raise UserError(f"{flag} {given}: must be above {limits['above']}")
+    if "below" in limits and given >= limits["below"]:
+        raise UserError(f"{flag} {given}: must be below {limits['below']}")

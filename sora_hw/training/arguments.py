@@ -1,0 +1,151 @@
+"""The launcher's command line: one flag for every value of the recipe, and what a run needs besides."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+
+from sora_hw.devices.detect import BACKENDS
+from sora_hw.errors import UserError
+from sora_hw.hardware import HARDWARE as SETUPS
+from sora_hw.recipes.recipe import DATA, MODEL, OPTIMISATION, RUN, Recipe
+
+HARDWARE = "hardware"
+NEWEST = "auto"  # --resume without a path
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; `recipe` and `profile` hold only the values that it gives."""
+
+    backend: str
+    hardware: str
+    recipe: Mapping[str, object]
+    profile: Mapping[str, object]
+    train_data: tuple[Path, ...]
+    output: Path | None
+    resume: str | None
+    overwrite: bool
+    dry_run: bool
+    as_json: bool
+    argv: tuple[str, ...]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def parse(module: ModuleType, argv: Sequence[str] | None = None) -> Request:
+    """The request of `argv` (default: the command line) for the recipes in `module`.
+
+    Raises UserError for flags and values that do not exist.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = vars(_parser(module).parse_args(argv))
+    if given["resume"] and given["overwrite"]:
+        raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
+    if given["json"] and not given["dry_run"]:
+        raise UserError("--json prints the plan of a --dry-run: give both")
+    return Request(
+        backend=given["backend"],
+        hardware=given["hardware"],
+        recipe=_given(given, "recipe."),
+        profile=_given(given, "profile."),
+        train_data=tuple(given["train_data"]),
+        output=given["output"],
+        resume=given["resume"],
+        overwrite=given["overwrite"],
+        dry_run=given["dry_run"],
+        as_json=given["json"],
+        argv=tuple(argv),
+    )
+
+
+def _given(values: Mapping[str, object], prefix: str) -> dict[str, object]:
+    named = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in named.items() if value is not None
+    }
+
+
+def _parser(module: ModuleType) -> argparse.ArgumentParser:
+    parser = _Parser(description=module.DESCRIPTION, allow_abbrev=False, add_help=False)
+    groups = {title: parser.add_argument_group(title) for title in (RUN, MODEL, DATA, OPTIMISATION, HARDWARE)}
+    _add_run_flags(groups[RUN])
+    groups[DATA].add_argument(
+        "--train-data",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="json, jsonl, json.gz or jsonl.gz files of records; without them the embedded questions are learned",
+    )
+    _add_recipe_flags(groups, module.recipe(), module.embedded())
+    _add_hardware_flags(groups[HARDWARE])
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
+    return parser
+
+
+def _add_run_flags(group) -> None:
+    group.add_argument("-h", "--help", action="help", help="show this and stop")
+    group.add_argument("--output", type=Path, metavar="FOLDER", help="folder of the run [runs/RECIPE-METHOD-NUMBER]")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="CHECKPOINT",
+        help=f"continue from this checkpoint folder, or with `{NEWEST}` from the newest in the output folder",
+    )
+    group.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
+    group.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    group.add_argument("--json", action="store_true", help="print the plan of a --dry-run as JSON")
+
+
+def _add_recipe_flags(groups: Mapping[str, argparse._ArgumentGroup], recipe: Recipe, embedded: Recipe) -> None:
+    for field in fields(Recipe):
+        if "group" not in field.metadata:
+            continue
+        value, tiny = _shown(getattr(recipe, field.name)), _shown(getattr(embedded, field.name))
+        defaults = value if value == tiny else f"{value}; {tiny} for the embedded model"
+        options: dict = {"dest": f"recipe.{field.name}", "default": None}
+        options["help"] = f"{field.metadata['help']} [{defaults}]".replace("%", "%%")
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.type == tuple[str, ...]:
+            options.update(nargs="+", metavar="NAME")
+        else:
+            kind = int if field.type == int | None else field.type
+            options.update(type=kind, choices=field.metadata.get("among"))
+            if "among" not in field.metadata:
+                options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+        groups[field.metadata["group"]].add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _shown(value: object) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _add_hardware_flags(group) -> None:
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="device type to train on [auto]")
+    group.add_argument(
+        "--hardware",
+        choices=SETUPS,
+        default="auto",
+        help="set-up that decides the next four [auto]; a real one selects the paper's model",
+    )
+    group.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), dest="profile.zero_stage", help="DeepSpeed ZeRO")
+    group.add_argument(
+        "--micro-batch", type=int, metavar="N", dest="profile.micro_batch", help="samples at a time per rank"
+    )
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), dest="profile.dtype", help="number format of the model"
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        dest="profile.gradient_checkpointing",
+        help="recompute activations in the backward pass to save memory",
+    )

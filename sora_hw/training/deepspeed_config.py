@@ -1,0 +1,52 @@
+"""DeepSpeed's configuration for a plan, and the proof after start-up that it is in force."""
+
+import torch.distributed as dist
+
+from sora_hw.errors import UserError
+from sora_hw.training.plan import Plan
+
+# Gradients are those of the adapter alone: DeepSpeed's default buffer of 5e8 elements would be a gigabyte of nothing.
+BUCKET = 50_000_000
+
+
+def deepspeed_config(plan: Plan, largest_tensor: int | None) -> dict[str, object]:
+    """DeepSpeed's JSON. `largest_tensor` is the number of elements of the adapter's largest tensor, None where the
+    model has not been looked at."""
+    recipe, batch = plan.recipe, plan.batch
+    zero: dict[str, object] = {"stage": plan.profile.zero_stage, "reduce_bucket_size": BUCKET}
+    if plan.profile.zero_stage == 3:
+        # Adapters stay whole on every rank: gathering each of their small tensors is what makes LoRA slow with ZeRO-3.
+        zero["stage3_param_persistence_threshold"] = largest_tensor or "auto"
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": recipe.max_grad_norm,
+        "bf16": {"enabled": plan.profile.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "steps_per_print": 2**31,
+    }
+
+
+def check_engine(engine, plan: Plan) -> None:
+    """Assert that DeepSpeed trains as planned: each of these has been seen to go wrong without a word.
+
+    Raises UserError for another number of ranks, a missing engine, another ZeRO stage or batch, and under ZeRO-3 for a
+    base model that every rank holds whole.
+    """
+    world_size = dist.get_world_size()
+    if world_size != plan.batch.world_size:
+        raise UserError(f"{world_size} ranks started instead of {plan.batch.world_size}; launch with `deepspeed`")
+    if not hasattr(engine, "zero_optimization_stage"):
+        raise UserError("the Trainer runs without DeepSpeed; install the versions that `sora-hw doctor` shows")
+    found = engine.zero_optimization_stage(), engine.train_batch_size(), engine.gradient_accumulation_steps()
+    wanted = plan.profile.zero_stage, plan.batch.global_batch, plan.batch.accumulation
+    if found != wanted:
+        raise UserError(f"DeepSpeed runs with (ZeRO stage, global batch, accumulation) = {found} instead of {wanted}")
+    if plan.profile.zero_stage == 3 and world_size > 1 and not any(map(_is_sharded, engine.module.parameters())):
+        raise UserError("ZeRO-3 shards nothing: every rank holds the whole model; use --zero-stage 2 if that is fine")
+
+
+def _is_sharded(parameter) -> bool:
+    return hasattr(parameter, "ds_tensor") and parameter.ds_tensor.numel() < parameter.ds_numel

@@ -1,0 +1,99 @@
+"""What a run is going to do, resolved from the request before anything is created."""
+
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+from sora_hw.devices.cpu import CPU
+from sora_hw.devices.detect import DEVICES, select
+from sora_hw.devices.device import Device
+from sora_hw.errors import UserError
+from sora_hw.hardware import BatchPlan, Profile, batch_plan, choose, fitting_micro_batch
+from sora_hw.recipes.recipe import Recipe
+from sora_hw.training.arguments import Request
+from sora_hw.training.base_model import EMBEDDED
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe and how this hardware carries it out. Only `recipe` and the data decide what is learned."""
+
+    recipe: Recipe
+    device: Device
+    profile: Profile
+    batch: BatchPlan
+    train_data: tuple[Path, ...]
+
+    @property
+    def asks_embedded_questions(self) -> bool:
+        """Whether the embedded question set is learned, and its held-out questions scored."""
+        return not self.train_data
+
+    def steps(self, training_size: int) -> int:
+        """Optimiser steps of the whole run."""
+        recipe = self.recipe
+        return recipe.max_steps or math.ceil(recipe.epochs * training_size / recipe.global_batch)
+
+    def as_dict(self) -> dict[str, object]:
+        """The plan in JSON's types."""
+        return {
+            "recipe": asdict(self.recipe),
+            "device": self.device.type,
+            "profile": {**asdict(self.profile), "environment": dict(self.profile.environment)},
+            "batch": asdict(self.batch),
+            "train_data": [str(path) for path in self.train_data],
+        }
+
+
+def make_plan(request: Request, module: ModuleType) -> Plan:
+    """Choose device, profile, recipe and batches.
+
+    Raises UserError for what cannot be had together: a device that is not usable or not the profile's, a dtype that it
+    lacks, ZeRO-0 in bfloat16, a global batch that the ranks cannot share, a recipe's model without its data.
+    """
+    device, profile = _hardware(request)
+    recipe = _recipe(request, module, profile)
+    if recipe.model != EMBEDDED and not request.train_data and not request.dry_run:
+        raise UserError(
+            f"--model {recipe.model} learns from --train-data FILE...: give the records of {module.DATA}, "
+            f"or --model {EMBEDDED} for the embedded model and its questions"
+        )
+    world_size = int(os.environ.get("WORLD_SIZE", (request.dry_run and profile.ranks) or 1))
+    micro_batch = request.profile.get("micro_batch")
+    if micro_batch is None:  # the profile's is what fits into memory; a smaller one always does
+        micro_batch = fitting_micro_batch(recipe.global_batch, world_size, profile.micro_batch) or profile.micro_batch
+    return Plan(recipe, device, profile, batch_plan(recipe.global_batch, world_size, micro_batch), request.train_data)
+
+
+def _hardware(request: Request) -> tuple[Device, Profile]:
+    device = None
+    if not request.dry_run or request.hardware == "auto":
+        device = select(request.backend)
+        profile = choose(request.hardware, device)
+    else:  # another machine's run is planned here
+        profile = choose(request.hardware, CPU)
+        device = DEVICES[profile.device]
+    if profile.device != device.type or request.backend not in ("auto", device.type):
+        raise UserError(
+            f"--hardware {request.hardware} is for --backend {profile.device}, but the backend is "
+            f"{device.type if request.backend == 'auto' else request.backend}; give one that fits the other"
+        )
+    profile = replace(profile, **request.profile)
+    if profile.dtype not in device.dtypes:
+        raise UserError(f"--dtype {profile.dtype}: {device.display_name} trains in {' or '.join(device.dtypes)}")
+    if profile.zero_stage == 0 and profile.dtype == "bfloat16":
+        raise UserError(
+            "--zero-stage 0 drifts from the right losses in bfloat16; use stage 1, 2 or 3, or --dtype float32"
+        )
+    return device, profile
+
+
+def _recipe(request: Request, module: ModuleType, profile: Profile) -> Recipe:
+    named = request.recipe.get("model")
+    small = named == EMBEDDED or (named is None and profile.device == CPU.type)
+    given = dict(request.recipe)
+    if "epochs" in given:
+        given.setdefault("max_steps", None)
+    return replace(module.embedded() if small else module.recipe(), **given)

@@ -1,0 +1,64 @@
+"""The processes of a run: their environment, DeepSpeed's start, and who speaks."""
+
+import logging
+import os
+import socket
+import warnings
+
+import torch
+
+from sora_hw.devices.cpu import CPU
+from sora_hw.devices.device import apply_environment
+from sora_hw.training.plan import Plan
+
+
+def rank() -> int:
+    """This process's number, 0 where no launcher has numbered it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def start(plan: Plan) -> dict[str, str]:
+    """Bring up the ranks' process group under DeepSpeed; the environment variables that were set for it.
+
+    A plain `python` run becomes a group of one rank. DeepSpeed's own start builds an extension for the processor with
+    a C++ compiler; the ranks do as well without it, so it is declared unavailable.
+    """
+    changed = _set_environment(plan)
+    _silence()
+    import deepspeed  # reads the environment while it is imported
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(plan.device.communication_backend, verbose=False)
+    return changed
+
+
+def _set_environment(plan: Plan) -> dict[str, str]:
+    changed = {}
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        changed |= apply_environment(alone | {"MASTER_PORT": str(_free_port())}, os.environ)
+    os.environ["DS_ACCELERATOR"] = changed["DS_ACCELERATOR"] = plan.device.deepspeed_accelerator
+    changed |= apply_environment(plan.device.environment, os.environ)
+    changed |= apply_environment(plan.profile.environment, os.environ)
+    if plan.device.type == CPU.type:  # ranks that each took every core would slow one another down
+        share = max(1, _cores() // int(os.environ.get("LOCAL_SIZE", plan.batch.world_size)))
+        changed |= apply_environment({"OMP_NUM_THREADS": str(share)}, os.environ)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    return changed
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _silence() -> None:
+    """Libraries' notes on their own workings would bury what the run has to say; warnings that matter still come."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("accelerate", "DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

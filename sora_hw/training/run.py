@@ -1,0 +1,179 @@
+"""One fine-tuning run, from the command line to the saved adapter, in the order in which it happens."""
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import ModuleType
+
+import torch.distributed as dist
+import transformers
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
+
+from sora_hw.errors import UserError
+from sora_hw.training.arguments import Request, parse
+from sora_hw.training.base_model import EMBEDDED, BaseModel, check_targets, find, is_local, load_model, load_tokenizer
+from sora_hw.training.callbacks import Clock, EngineCheck, ProgressBar
+from sora_hw.training.deepspeed_config import deepspeed_config
+from sora_hw.training.demo import score_demo
+from sora_hw.training.plan import Plan, make_plan
+from sora_hw.training.prepare import Prepared, prepare
+from sora_hw.training.ranks import rank, start
+from sora_hw.training.report import draw_losses, facts, now, print_plan, print_results, what_runs
+from sora_hw.training.run_folder import CURVE, RunFolder, fingerprint, open_folder
+from sora_hw.training.saving import save_adapter, trainable_rate
+from sora_hw.training.trainer import add_adapter, build_trainer, training_arguments
+from sora_hw.versions import check_versions
+
+USER_ERROR = 2
+RANK_0_SPEAKS_FIRST = 20  # seconds
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose every part has been checked."""
+
+    request: Request
+    plan: Plan
+    base: BaseModel
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+    deepspeed: dict[str, object]
+    folder: RunFolder
+    fingerprint: dict[str, object]
+
+    def as_dict(self) -> dict[str, object]:
+        """The plan and all that followed from it, in JSON's types."""
+        resolved = {"data": self.data.as_dict(), "deepspeed": self.deepspeed, "output": str(self.folder.path)}
+        return self.plan.as_dict() | resolved
+
+
+def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
+    """Run the launcher of the recipes in `module`; its exit code: 0, or 2 for an error of the user's."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        run(module, argv)
+    except UserError as error:
+        if rank() > 0:  # every rank finds the same error; DeepSpeed's launcher ends this one when rank 0 has told it
+            time.sleep(RANK_0_SPEAKS_FIRST)
+        print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def run(module: ModuleType, argv: Sequence[str] | None) -> None:
+    """Plan, check, train, save and report. Nothing is created before everything has been checked."""
+    request = parse(module, argv)
+    check_versions()
+    plan = make_plan(request, module)
+    console = Console(quiet=rank() > 0, highlight=False, soft_wrap=True)
+    if request.dry_run and not is_local(plan.recipe.model):  # a dry run downloads nothing
+        print_plan(plan.as_dict() | {"deepspeed": deepspeed_config(plan, None)}, console, request.as_json)
+        return
+    job = check(request, plan)
+    if request.dry_run:
+        print_plan(job.as_dict(), console, request.as_json)
+        return
+    announce(job, console)
+    train(job, console)
+
+
+def check(request: Request, plan: Plan) -> Job:
+    """Model, data and output folder, looked at before any of them is touched. Raises UserError."""
+    base = find(plan.recipe.model)
+    largest_tensor = check_targets(base, plan.recipe)
+    tokenizer = load_tokenizer(base)
+    data = prepare(plan, tokenizer)
+    wanted = fingerprint(plan, data.steps, data.checksum)
+    folder = open_folder(request, plan, wanted)
+    return Job(request, plan, base, tokenizer, data, deepspeed_config(plan, largest_tensor), folder, wanted)
+
+
+def announce(job: Job, console: Console) -> None:
+    """Tell what runs where, on what, before it starts."""
+    if job.plan.recipe.model == EMBEDDED:
+        console.print("base model: the embedded tiny one; --model FOLDER_OR_ID takes another")
+    if job.plan.asks_embedded_questions:
+        console.print("data: the embedded questions; --train-data FILE... takes others")
+    data = job.data.as_dict()
+    console.print(
+        f"{data['training_samples']} training samples ({data['truncated']} cut at {job.plan.recipe.max_length} tokens, "
+        f"{data['left_out']} left out), {data['validation_samples']} held out for validation, {data['steps']} steps"
+    )
+    console.print(what_runs(job.plan))
+    if job.folder.checkpoint:
+        console.print(f"resuming from {job.folder.checkpoint}")
+    elif job.request.resume:
+        console.print(f"no checkpoint in {job.folder.path} yet: starting afresh")
+
+
+def train(job: Job, console: Console) -> None:
+    """Train on all ranks, and leave adapter, curve and run.json in the job's folder."""
+    environment = start(job.plan)
+    main_rank = dist.get_rank() == 0
+    manifest = {**facts(job.plan.device), **job.as_dict(), "argv": list(job.request.argv), "environment": environment}
+    manifest |= {"fingerprint": job.fingerprint, "resumed_from": str(job.folder.checkpoint or "") or None}
+    if main_rank:
+        job.folder.create(job.request.overwrite)
+        job.folder.write_manifest({**manifest, "status": "started"})
+    dist.barrier()
+
+    global_batch = job.plan.recipe.global_batch
+    clock = Clock(job.data.tokens_of_steps(global_batch), len(job.data.training), global_batch)
+    trainer = make_trainer(job, clock, console)
+    trainer.train(resume_from_checkpoint=str(job.folder.checkpoint) if job.folder.checkpoint else None)
+    results = finish(job, trainer, clock)
+    if main_rank:
+        job.folder.write_manifest({**manifest, "status": "finished", "finished": now(), "results": results})
+        print_results(results, console)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def make_trainer(job: Job, clock: Clock, console: Console) -> Trainer:
+    """The model with its adapter in a Trainer; the order matters, see `training_arguments`."""
+    arguments = training_arguments(job.plan, job.data.steps, job.folder.path, job.deepspeed)
+    model = add_adapter(load_model(job.base, job.plan.profile.dtype), job.plan.recipe)
+    callbacks = [clock, ProgressBar(clock, console)] if dist.get_rank() == 0 else [clock]
+    trainer = build_trainer(model, arguments, job.tokenizer, job.data, callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(EngineCheck(trainer, job.plan))
+    return trainer
+
+
+def finish(job: Job, trainer: Trainer, clock: Clock) -> dict[str, object]:
+    """Save adapter, state and curve, score what the run was asked to score; the results for run.json."""
+    main_rank = dist.get_rank() == 0
+    validation_loss = final_validation_loss(trainer) if job.data.validation else None
+    save_adapter(trainer.model, job.folder.adapter, job.plan.profile.zero_stage, main_rank)
+    trainer.save_state()
+    history = trainer.state.log_history
+    if main_rank:
+        draw_losses(history, job.folder.path / CURVE)
+    demo = None
+    if job.plan.asks_embedded_questions:
+        demo = asdict(score_demo(job.base, job.tokenizer, job.folder.adapter, trainer.args.device))
+    return {
+        "steps": trainer.state.global_step,
+        "final_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
+        "validation_loss": validation_loss,
+        "seconds": clock.elapsed,
+        "tokens_per_second": clock.tokens_per_second,
+        "peak_memory_bytes": job.plan.device.peak_memory_bytes(),
+        "trainable_percent": trainable_rate(trainer.model),
+        "adapter": str(job.folder.adapter),
+        "embedded_questions": demo,
+    }
+
+
+def final_validation_loss(trainer: Trainer) -> float:
+    """The validation loss of the adapter that is kept, measured unless it just was."""
+    if trainer.args.load_best_model_at_end:
+        return trainer.state.best_metric
+    measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if measured and measured[-1]["step"] == trainer.state.global_step:
+        return measured[-1]["eval_loss"]
+    return trainer.evaluate()["eval_loss"]

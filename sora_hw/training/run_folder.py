@@ -1,0 +1,133 @@
+"""A run's folder (run.json, checkpoint-N, adapter/, loss.png): which run it holds, and whether one may go on."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import count
+from pathlib import Path
+
+from sora_hw.errors import UserError
+from sora_hw.recipes.recipe import RUN
+from sora_hw.training.arguments import NEWEST, Request
+from sora_hw.training.plan import Plan
+
+MANIFEST, ADAPTER, CURVE, STATE = "run.json", "adapter", "loss.png", "trainer_state.json"
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes, and the checkpoint that it continues from."""
+
+    path: Path
+    checkpoint: Path | None = None
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / ADAPTER
+
+    def create(self, overwrite: bool) -> None:
+        """Make the folder; with `overwrite`, delete the run that it holds, and nothing else that lies in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for entry in _traces(self.path):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def write_manifest(self, manifest: Mapping[str, object]) -> None:
+        """Write run.json whole or not at all."""
+        aside = self.path / f"{MANIFEST}.part"
+        aside.write_text(json.dumps(manifest, indent=2) + "\n")
+        os.replace(aside, self.path / MANIFEST)
+
+
+def fingerprint(plan: Plan, steps: int, checksum: str) -> dict[str, object]:
+    """Everything that decides how a run goes on from a checkpoint."""
+    recipe = {
+        field.name: getattr(plan.recipe, field.name)
+        for field in fields(plan.recipe)
+        if field.metadata.get("group") != RUN
+    }
+    decided = {"max_steps": steps, "train_data": checksum, "ranks": plan.batch.world_size}
+    hardware = {name: asdict(plan.profile)[name] for name in ("zero_stage", "dtype")}
+    return json.loads(json.dumps(recipe | decided | hardware))  # in JSON's types, as they are read back
+
+
+def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> RunFolder:
+    """The folder for a run with the fingerprint `wanted`, and where it resumes. Creates nothing.
+
+    Raises UserError when the folder cannot be written or holds another run, or the checkpoint is missing or belongs to
+    a run that differs.
+    """
+    path = request.output or _default(request, plan)
+    _check_writable(path)
+    if request.resume in (None, NEWEST):
+        if _traces(path) and not request.overwrite and not request.resume:
+            raise UserError(
+                f"--output {path} already holds a run; continue it with --resume, delete it with --overwrite"
+            )
+        checkpoint = newest_checkpoint(path) if request.resume else None
+        if request.resume and (path / MANIFEST).exists():
+            _check_same(path, wanted)
+    else:
+        checkpoint = Path(request.resume)
+        if not (checkpoint / STATE).is_file():
+            raise UserError(f"--resume {checkpoint}: no checkpoint (a folder with {STATE}) is there")
+        _check_same(checkpoint.absolute().parent, wanted)
+        if path.resolve() != checkpoint.resolve().parent and _traces(path):
+            raise UserError(f"--output {path} already holds another run than --resume {checkpoint}; name a new folder")
+    return RunFolder(path, checkpoint)
+
+
+def _default(request: Request, plan: Plan) -> Path:
+    """The checkpoint's folder, or the next free runs/RECIPE-METHOD-NUMBER (the last one, to resume or overwrite it)."""
+    if request.resume not in (None, NEWEST):
+        return Path(request.resume).absolute().parent
+    numbered = (RUNS / f"{plan.recipe.name}-{plan.recipe.method}-{number}" for number in count(1))
+    last = None
+    for folder in numbered:
+        if not folder.exists():
+            return last if last and (request.resume or request.overwrite) else folder
+        last = folder
+    raise AssertionError("count() does not end")
+
+
+def newest_checkpoint(path: Path) -> Path | None:
+    """The complete checkpoint of the highest step: the Trainer writes its state last."""
+    return next((folder for folder in reversed(_checkpoints(path)) if (folder / STATE).is_file()), None)
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """Folders called checkpoint-N, in the order of N."""
+    steps = {folder: folder.name.removeprefix("checkpoint-") for folder in path.glob("checkpoint-*")}
+    return sorted((folder for folder, step in steps.items() if step.isdecimal()), key=lambda folder: int(steps[folder]))
+
+
+def _traces(path: Path) -> list[Path]:
+    """What a run has left in `path`."""
+    named = [path / name for name in (MANIFEST, ADAPTER, CURVE, STATE)]
+    return [entry for entry in named if entry.exists()] + _checkpoints(path)
+
+
+def _check_writable(path: Path) -> None:
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output {path}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path}: {existing} cannot be written to")
+
+
+def _check_same(folder: Path, wanted: Mapping[str, object]) -> None:
+    try:
+        found = json.loads((folder / MANIFEST).read_text())["fingerprint"]
+        differing = [name for name in wanted if found[name] != wanted[name]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--resume: {folder / MANIFEST} is missing or damaged, so its recipe is unknown") from None
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"--resume: the run in {folder} is another one: its {name} is {found[name]}, here it is {wanted[name]}"
+        )
