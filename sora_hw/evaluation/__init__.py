@@ -1,0 +1,1 @@
+"""Scoring rules: how an answer is chosen and counted."""
