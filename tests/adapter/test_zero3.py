@@ -1,0 +1,42 @@
+"""The layer under ZeRO-3, where no weight lies whole on any rank: the same losses and gradients as in one process."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sora_hw.conditioning import POST, PRE
+
+pytest.importorskip("deepspeed")
+
+SOME = [("none", "magnitude"), ("rotation", "none"), ("diagonal", "rotation"), ("rotation", "magnitude")]
+PROGRAM = Path(__file__).with_name("zero3_program.py")
+
+
+def run(pairs):
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    command = [str(deepspeed), "--num_accelerators", "2", str(PROGRAM), *("+".join(pair) for pair in pairs)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{deepspeed.parent}{os.pathsep}{environment['PATH']}"
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    lines = [line.split("RESULT ")[1].split() for line in result.stdout.splitlines() if "RESULT " in line]
+    assert len(lines) == len(pairs), result.stderr[-3000:]
+    return {(pre, post): (float(loss), float(gradient)) for pre, post, loss, gradient in lines}
+
+
+def check(pairs):
+    for pair, (loss, gradient) in run(pairs).items():
+        assert loss < 2e-6, (pair, loss)
+        assert gradient < 1e-3, (pair, gradient)
+
+
+def test_magnitudes_and_rotations():
+    check(SOME)
+
+
+@pytest.mark.full
+def test_every_other_pair():
+    check([pair for pair in itertools.product(PRE, POST) if pair not in SOME])

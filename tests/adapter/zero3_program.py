@@ -1,0 +1,75 @@
+"""Run by test_zero3.py on two ranks: every method sharded by ZeRO-3 beside the same model whole, loss and gradients.
+
+The persistence threshold is zero, so that really everything is sharded: adapters, biases and base weights.
+"""
+
+import copy
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from peft import get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import sora_hw
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # Qwen2 has biases on q, k and v
+ZERO3 = {
+    "train_batch_size": 2,
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+}
+
+
+def base_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def adapted(base, pre, post):
+    torch.manual_seed(1)
+    options = {"r": 4, "dropout": 0.0, "init_weights": False, "target_modules": TARGETS}
+    return get_peft_model(base, sora_hw.ConditionedConfig(pre=pre, post=post, **options))
+
+
+def compare(pre: str, post: str) -> tuple[float, float]:
+    """Differences of the loss and, relative to its size, of the worst gradient between sharded and whole."""
+    ids = torch.arange(40).view(2, 20) % 64
+    whole = adapted(base_model(), pre, post)
+    sharded = copy.deepcopy(whole)
+    loss = whole(ids, labels=ids).loss
+    loss.backward()
+
+    trained = [p for p in sharded.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=sharded, model_parameters=trained, config=ZERO3)
+    assert all(p.ds_tensor.numel() < p.ds_numel for p in engine.module.parameters() if p.ds_numel > 1)
+    mine = ids[dist.get_rank()][None]
+    sharded_loss = engine(mine, labels=mine).loss
+    engine.backward(sharded_loss)
+    dist.all_reduce(total := sharded_loss.detach().clone())
+
+    worst = 0.0
+    for (name, p), (_, q) in zip(engine.module.named_parameters(), whole.named_parameters(), strict=True):
+        if q.requires_grad:
+            gradient = safe_get_full_grad(p)
+            assert gradient is not None, name
+            worst = max(worst, ((gradient - q.grad).norm() / q.grad.norm().clamp(min=1e-3)).item())
+    engine.destroy()
+    return abs(total.item() / dist.get_world_size() - loss.item()), worst
+
+
+if __name__ == "__main__":
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    for pair in (argument.split("+") for argument in sys.argv[1:] if "+" in argument):
+        differences = compare(*pair)
+        if dist.get_rank() == 0:
+            print("RESULT", *pair, *differences, flush=True)
