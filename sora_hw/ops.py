@@ -199,8 +199,8 @@ def load_kernel_packages() -> None:
         try:
             point.load()
             error = None
-        except ImportError as reason:
-            error = " ".join(str(reason).split())
+        except Exception as reason:  # whatever stops a vendor's package, the others and the library go on
+            error = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
         _packages.append(KernelPackage(point.name, point.value, distribution, error))
 

@@ -29,7 +29,7 @@ SUPPORTED: Mapping[str, Support] = MappingProxyType(
     {
         "python": Support(">=3.11,<3.14", "3.11"),
         "torch": Support(">=2.11,<2.14", "2.13.0"),
-        "transformers": Support(">=5.0,<6", "5.23.0"),
+        "transformers": Support(">=5.17,<6", "5.23.0"),
         "peft": Support(">=0.21,<0.22", "0.21.2"),
         "accelerate": Support(">=1.13,<2", "1.15.0"),
         "deepspeed": Support(">=0.19,<0.20", "0.19.8"),
