@@ -1,6 +1,9 @@
 """The operators on the CPU: float64 references, `opcheck`, layouts, dtypes, the two ways to the gradient of `scale`."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -160,3 +163,16 @@ def test_the_kernel_packages_are_found_by_entry_point():
     package = ops.serving("cpu")
     assert package is not None and package.module == "sora_hw_kernels.reference" and package.error is None
     assert ops.serving("xpu") is None
+
+
+def test_the_fallback_serves_every_device_only_when_asked_for():
+    """Read from the dispatcher: no other device is needed to see whether one would be served."""
+    program = (
+        "import torch, sora_hw; print(torch._C._dispatch_has_computed_kernel_for_dispatch_key("
+        "'sora_hw::scale_rank_update_backward', 'XPU'))"
+    )
+    for value, served in (("1", "True"), ("0", "False")):
+        environment = os.environ | {"SORA_HW_FALLBACK": value}
+        result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert result.stdout.strip() == served, result.stderr
+        assert ("SORA_HW_FALLBACK=1" in result.stderr) == (value == "1")
