@@ -109,7 +109,8 @@ def _add_recipe_flags(groups: Mapping[str, argparse._ArgumentGroup], recipe: Rec
         if "group" not in field.metadata:
             continue
         value, tiny = _shown(getattr(recipe, field.name)), _shown(getattr(embedded, field.name))
-        defaults = value if value == tiny else f"{value}; {tiny} for the embedded model"
+        where = "on the CPU" if field.name == "model" else "for the embedded model"
+        defaults = value if value == tiny else f"{value}; {tiny} {where}"
         options: dict = {"dest": f"recipe.{field.name}", "default": None}
         options["help"] = f"{field.metadata['help']} [{defaults}]".replace("%", "%%")
         if field.type is bool:

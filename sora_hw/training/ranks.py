@@ -6,6 +6,7 @@ import socket
 import warnings
 
 import torch
+import transformers
 
 from sora_hw.devices.cpu import CPU
 from sora_hw.devices.device import apply_environment
@@ -24,7 +25,6 @@ def start(plan: Plan) -> dict[str, str]:
     a C++ compiler; the ranks do as well without it, so it is declared unavailable.
     """
     changed = _set_environment(plan)
-    _silence()
     import deepspeed  # reads the environment while it is imported
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -57,8 +57,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _silence() -> None:
-    """Libraries' notes on their own workings would bury what the run has to say; warnings that matter still come."""
+def silence() -> None:
+    """Libraries' notes on their own workings would bury what the run has to say, and the one line of its errors."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("accelerate", "DeepSpeed", "deepspeed"):
+    for name in ("accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 
 import torch.distributed as dist
-import transformers
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 
@@ -20,7 +19,7 @@ from sora_hw.training.deepspeed_config import deepspeed_config
 from sora_hw.training.demo import score_demo
 from sora_hw.training.plan import Plan, make_plan
 from sora_hw.training.prepare import Prepared, prepare
-from sora_hw.training.ranks import rank, start
+from sora_hw.training.ranks import rank, silence, start
 from sora_hw.training.report import draw_losses, facts, now, print_plan, print_results, what_runs
 from sora_hw.training.run_folder import CURVE, RunFolder, fingerprint, open_folder
 from sora_hw.training.saving import save_adapter, trainable_rate
@@ -52,8 +51,7 @@ class Job:
 
 def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     """Run the launcher of the recipes in `module`; its exit code: 0, or 2 for an error of the user's."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    silence()
     try:
         run(module, argv)
     except UserError as error:

@@ -1,0 +1,107 @@
+"""A random tiny Llama with a tokenizer of bytes, a few short records, and the launcher as a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCHER = REPOSITORY / "launchers" / "commonsense.py"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A folder with a two-layer model of random weights; its tokens are bytes, its end-of-text is 256."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)} | {"</s>": 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def records_file(tmp_path_factory) -> Path:
+    """50 records whose lengths differ widely, so that ranks and micro-batches hold unequal numbers of tokens."""
+    file = tmp_path_factory.mktemp("records") / "records.jsonl"
+    records = [
+        {
+            "instruction": f"Is {number} even?" + " Think." * (number * 7 % 13),
+            "output": f"the correct answer is {str(number % 2 == 0).lower()}",
+            "answer": str(number % 2 == 0).lower(),
+            "id": f"even/{number}",
+        }
+        for number in range(50)
+    ]
+    file.write_text("\n".join(map(json.dumps, records)))
+    return file
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A launcher's run that ended with exit code 0."""
+
+    folder: Path
+    stdout: str
+
+    @property
+    def manifest(self) -> dict:
+        return json.loads((self.folder / "run.json").read_text())
+
+    @property
+    def losses(self) -> list[float]:
+        history = json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """`launch(ranks, *arguments, cwd=None)`, see `_launch`."""
+    return _launch
+
+
+@pytest.fixture(scope="session")
+def train():
+    """`train(folder, ranks, *arguments)`, see `_train`."""
+    return _train
+
+
+def _launch(ranks: int, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run the launcher on the CPU: 0 ranks for plain python, otherwise by DeepSpeed's launcher on a port of its own."""
+    command = [sys.executable, str(LAUNCHER)]
+    if ranks:
+        port = str(20000 + os.getpid() % 20000)
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+        command += ["--master_port", port, str(LAUNCHER)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        [*command, "--backend", "cpu", *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd
+    )
+
+
+def _train(folder: Path, ranks: int, *arguments: object) -> Finished:
+    """A run into `folder` that must succeed."""
+    done = _launch(ranks, "--output", folder, *arguments)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return Finished(folder, done.stdout)

@@ -1,0 +1,212 @@
+"""Every mistake of the user's: one line on stderr that names the fix, exit code 2, and nothing created."""
+
+import re
+import shutil
+
+import pytest
+
+from sora_hw.devices import DEVICES
+from sora_hw.recipes import commonsense
+from sora_hw.training.arguments import parse
+from sora_hw.training.plan import make_plan
+from sora_hw.training.run import check, main
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def good(tiny_model, records_file):
+    """Arguments of a run that would work."""
+    data = ["--train-data", str(records_file), "--validation-size", "5"]
+    return ["--backend", "cpu", "--model", str(tiny_model), *data, "--output", "out"]
+
+
+def refused(arguments, capfd) -> str:
+    """The one line that `arguments` are refused with."""
+    capfd.readouterr()
+    assert main(commonsense, [str(argument) for argument in arguments]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.endswith("\n") and printed.err.count("\n") == 1
+    return printed.err
+
+
+def everything(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+WRONG_VALUES = {
+    "--backend tpu": "invalid choice: 'tpu'",
+    "--hardware 4x4090": "--hardware 4x4090 is for --backend ",
+    "--hardware 3x7": "invalid choice: '3x7'",
+    "--method polar": "invalid choice: 'polar'",
+    "--model /no/such/folder": "--model /no/such/folder: no such folder",
+    "--model ./relative": "no such folder",
+    "--target-modules q_proj fc1": "--target-modules fc1: no linear layer .* it has down_proj, gate_proj, k_proj, lm",
+    "--target-modules embed_tokens": "--target-modules embed_tokens: no linear layer",
+    "--rank 0": "--rank 0: must be at least 1",
+    "--rank -4": "--rank -4: must be at least 1",
+    "--rank 97": r"--rank 97 is larger than the layer model\.layers\.0\..* of 64 x 64",
+    "--rank many": "invalid int value: 'many'",
+    "--rotation-rank 0": "--rotation-rank 0: must be at least 1",
+    "--rotation-rank 97": "--rotation-rank 97 is larger than the layer",
+    "--dropout 1": "--dropout 1.0: must be below 1",
+    "--learning-rate nan": "--learning-rate nan: must be a finite number",
+    "--max-length 100": "every record is longer than the maximum length of 100 tokens .*; raise --max-length",
+    "--validation-size 50": "smaller --validation-size",
+    "--global-batch 10 --micro-batch 4": "a global batch of 10 cannot be split .* use a global batch of 8 or 12",
+    "--dtype bfloat16 --zero-stage 0": "--zero-stage 0 drifts .* use stage 1, 2 or 3",
+    "--keep-best --validation-size 0": "--keep-best needs --validation-size",
+    "--resume --overwrite": "give one of them",
+    "--resume nowhere/checkpoint-4": "--resume nowhere/checkpoint-4: no checkpoint",
+    "--json": "--json prints the plan of a --dry-run",
+    "--ranks 3": "unrecognized arguments: --ranks 3",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_wrong_values(folder, good, capfd, wrong):
+    before = everything(folder)
+    line = refused([*good, *wrong.split()], capfd)
+    assert re.search(WRONG_VALUES[wrong], line)
+    assert everything(folder) == before
+
+
+@pytest.mark.parametrize(
+    "device", [device for device in DEVICES.values() if device.is_usable()], ids=lambda it: it.type
+)
+def test_a_backend_that_cannot_be_used(folder, good, capfd, device):
+    assert f"--backend {device.type} cannot be used: " in refused([*good, "--backend", device.type], capfd)
+    assert everything(folder) == {}
+
+
+WRONG_DATA = {
+    "missing.jsonl": (None, "missing.jsonl: no such data file"),
+    "empty.json": (b"", "empty.json: the file holds no records"),
+    "text.jsonl": (b"hello", "text.jsonl: line 1: not JSON"),
+    "field.jsonl": (b'{"instruction": "a", "output": "b"}', 'field.jsonl: line 1: the record lacks the field "answer"'),
+    "latin.jsonl": ("é".encode("latin-1"), "latin.jsonl: line 1: not UTF-8"),
+    "cut.jsonl.gz": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", "cut.jsonl.gz: the gzip file is truncated"),
+    "table.csv": (b"a,b", "table.csv: unknown kind of data file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DATA)
+def test_wrong_data(folder, good, capfd, records_file, name):
+    content, message = WRONG_DATA[name]
+    if content is not None:
+        (folder / name).write_bytes(content)
+    before = everything(folder)
+    assert message in refused([*good, "--train-data", records_file, name], capfd)
+    assert everything(folder) == before
+
+
+def test_a_models_own_data_must_be_named(folder, tiny_model, capfd):
+    line = refused(["--backend", "cpu", "--model", tiny_model], capfd)
+    assert "--train-data" in line and "Commonsense15K" in line
+
+
+def test_a_folder_that_is_no_model(folder, good, tiny_model, capfd):
+    (folder / "empty").mkdir()
+    assert "holds no weights" in refused([*good, "--model", "empty"], capfd)
+    shutil.copytree(tiny_model, "broken")
+    (folder / "broken" / "config.json").write_text("{")
+    assert "no model configuration" in refused([*good, "--model", "broken"], capfd)
+    shutil.copytree(tiny_model, "bare")
+    for file in (folder / "bare").glob("tokenizer*"):
+        file.unlink()
+    assert "no usable tokenizer" in refused([*good, "--model", "bare"], capfd)
+
+
+def test_an_id_that_the_hub_cannot_give(folder, good, capfd, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "no such folder, and the hub cannot give it" in refused([*good, "--model", "nobody/no-model"], capfd)
+
+
+def test_an_output_that_is_a_file_or_holds_a_run(folder, good, capfd):
+    (folder / "file").write_text("mine")
+    assert "file is a file, not a folder" in refused([*good, "--output", "file"], capfd)
+    assert "file is a file, not a folder" in refused([*good, "--output", "file/below"], capfd)
+    for number, trace in enumerate(("run.json", "checkpoint-12/model.bin", "adapter/adapter_config.json")):
+        left = folder / f"run{number}" / trace
+        left.parent.mkdir(parents=True)
+        left.write_text("{}")
+        before = everything(folder)
+        line = refused([*good, "--output", f"run{number}"], capfd)
+        assert "already holds a run; continue it with --resume, delete it with --overwrite" in line
+        assert everything(folder) == before
+
+
+@pytest.fixture
+def interrupted(folder, good):
+    """The folder of a run of `good` that got as far as its fourth step."""
+    request = parse(commonsense, good)
+    job = check(request, make_plan(request, commonsense))
+    (folder / "out" / "checkpoint-4").mkdir(parents=True)
+    (folder / "out" / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    job.folder.write_manifest({"fingerprint": job.fingerprint})
+    return folder / "out"
+
+
+CHANGES = {
+    "--method lora": "its method is sora, here it is lora",
+    "--rank 8": "its rank is 16, here it is 8",
+    "--rotation-rank 2": "its rotation_rank is 1, here it is 2",
+    "--target-modules q_proj": "its target_modules is ",
+    "--seed 7": "its seed is 42, here it is 7",
+    "--learning-rate 0.5": "its learning_rate is 0.0004, here it is 0.5",
+    "--schedule linear": "its schedule is cosine, here it is linear",
+    "--max-steps 9": "its max_steps is 588, here it is 9",
+    "--global-batch 16": "its global_batch is 128, here it is 16",
+    "--max-length 300": "its max_length is 512, here it is 300",
+    "--zero-stage 1": "its zero_stage is 2, here it is 1",
+    "--train-data other.jsonl": "its train_data is ",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_of_another_recipe(folder, good, interrupted, records_file, capfd, change):
+    (folder / "other.jsonl").write_text(records_file.read_text().replace("Is 7 even?", "Is 9 odd?"))
+    before = everything(folder)
+    for resume in (["--resume"], ["--resume", interrupted / "checkpoint-4"]):
+        assert CHANGES[change] in refused([*good, *change.split(), *resume], capfd)
+    assert everything(folder) == before
+
+
+def test_a_checkpoint_of_the_same_recipe_is_found(good, interrupted):
+    for resume in (["--resume"], ["--resume", "auto"], ["--resume", str(interrupted / "checkpoint-4")]):
+        request = parse(commonsense, [*good, *resume, "--save-steps", "3"])
+        job = check(request, make_plan(request, commonsense))
+        assert job.folder.checkpoint.resolve() == (interrupted / "checkpoint-4").resolve()
+
+
+def test_a_run_that_cannot_be_resumed_safely(folder, good, interrupted, capfd):
+    checkpoint = interrupted / "checkpoint-4"
+    (folder / "other").mkdir()
+    (folder / "other" / "run.json").write_text("{}")
+    line = refused([*good, "--output", "other", "--resume", checkpoint], capfd)
+    assert "other already holds another run" in line
+    (interrupted / "run.json").write_text("{")
+    assert "run.json is missing or damaged" in refused([*good, "--resume"], capfd)
+    (interrupted / "run.json").unlink()
+    assert "run.json is missing or damaged" in refused([*good, "--resume", checkpoint], capfd)
+
+
+def test_the_process_ends_with_2_and_one_line(folder, launch, good):
+    done = launch(0, *good, "--rank", "0", cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --rank 0: must be at least 1\n"
+    assert list(folder.iterdir()) == []
+
+
+def test_under_deepspeed_one_rank_tells_it(folder, launch, good):
+    done = launch(2, *good, "--train-data", "gone.jsonl", cwd=folder)
+    assert done.returncode != 0
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert lines == ["error: gone.jsonl: no such data file"]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(folder.iterdir()) == []
