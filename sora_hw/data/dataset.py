@@ -1,4 +1,4 @@
-"""From records to token ids: what is learned of each, what had to be cut, which are held out, in which order they come."""
+"""From records to token ids: what is learned of each, what was cut, which are held out, in which order they come."""
 
 import hashlib
 import json

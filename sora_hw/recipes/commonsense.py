@@ -53,7 +53,6 @@ def embedded() -> Recipe:
     return replace(
         recipe(),
         model="embedded",
-        max_length=256,
         validation_size=32,
         global_batch=32,
         max_steps=150,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 
+from sora_hw.data.records import read_records
 from sora_hw.errors import UserError
 from sora_hw.training.arguments import Request, parse
 from sora_hw.training.base_model import EMBEDDED, BaseModel, check_targets, find, is_local, load_model, load_tokenizer
@@ -69,7 +70,8 @@ def run(module: ModuleType, argv: Sequence[str] | None) -> None:
     plan = make_plan(request, module)
     console = Console(quiet=rank() > 0, highlight=False, soft_wrap=True)
     if request.dry_run and not is_local(plan.recipe.model):  # a dry run downloads nothing
-        print_plan(plan.as_dict() | {"deepspeed": deepspeed_config(plan, None)}, console, request.as_json)
+        read = {"records": len(read_records(plan.train_data)), "deepspeed": deepspeed_config(plan, None)}
+        print_plan(plan.as_dict() | read, console, request.as_json)
         return
     job = check(request, plan)
     if request.dry_run:
@@ -144,12 +146,11 @@ def make_trainer(job: Job, clock: Clock, console: Console) -> Trainer:
 
 def finish(job: Job, trainer: Trainer, clock: Clock) -> dict[str, object]:
     """Save adapter, state and curve, score what the run was asked to score; the results for run.json."""
-    main_rank = dist.get_rank() == 0
     validation_loss = final_validation_loss(trainer) if job.data.validation else None
-    save_adapter(trainer.model, job.folder.adapter, job.plan.profile.zero_stage, main_rank)
+    save_adapter(trainer.model, job.folder.adapter, job.plan.profile.zero_stage)
     trainer.save_state()
     history = trainer.state.log_history
-    if main_rank:
+    if dist.get_rank() == 0:
         draw_losses(history, job.folder.path / CURVE)
     demo = None
     if job.plan.asks_embedded_questions:

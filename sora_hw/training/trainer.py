@@ -63,6 +63,7 @@ def training_arguments(plan: Plan, steps: int, folder: Path, deepspeed: dict[str
         label_names=["labels"],
         remove_unused_columns=False,
         disable_tqdm=True,
+        log_level_replica="error",
         report_to=[],
     )
 
