@@ -28,6 +28,8 @@ def start(plan: Plan) -> dict[str, str]:
     import deepspeed  # reads the environment while it is imported
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if plan.device.type != CPU.type:  # otherwise every rank's first collective would run on device 0
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(plan.device.communication_backend, verbose=False)
     return changed
 

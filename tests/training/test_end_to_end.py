@@ -1,0 +1,99 @@
+"""The two runs that a newcomer makes: the embedded default, and the real commonsense records, both on two ranks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sora_hw.data.embedded import candidates, heldout_records
+
+LOAD = """
+import sys, torch, sora_hw
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from sora_hw.data.embedded import MODEL_PATH
+base = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+model = PeftModel.from_pretrained(base, sys.argv[1])
+trained = [value for name, value in model.named_parameters() if "conditioned" in name]
+print(len(trained), sum(value.numel() for value in trained))
+"""
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory, train):
+    """`deepspeed --num_accelerators 2 launchers/commonsense.py --backend cpu`, with a secret in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_secretsecret")
+        return train(tmp_path_factory.mktemp("demo") / "run", 2)
+
+
+def test_the_demo_learns_the_embedded_questions(demo):
+    score = demo.manifest["results"]["embedded_questions"]
+    assert score["questions"] == len(heldout_records())
+    assert score["chance"] == pytest.approx(
+        sum(1 / len(candidates(record)) for record in heldout_records()) / len(heldout_records())
+    )
+    spread = (score["chance"] * (1 - score["chance"]) / score["questions"]) ** 0.5
+    assert score["after"] > max(score["chance"], score["before"]) + 5 * spread
+
+
+def test_the_demo_tells_what_it_does(demo):
+    for wanted in ("base model: the embedded tiny one", "data: the embedded questions", "ZeRO-2", "= 2 ranks x "):
+        assert demo.stdout.count(wanted) == 1, "rank 0 says it once"
+    for row in (
+        "steps",
+        "final loss",
+        "validation loss",
+        "speed",
+        "peak memory",
+        "trainable",
+        "right after",
+        "adapter",
+    ):
+        assert row in demo.stdout.partition("finished")[2]
+    assert "tokens/s" in demo.stdout and " left" in demo.stdout
+
+
+def test_the_demo_leaves_what_a_run_leaves(demo):
+    steps = demo.manifest["results"]["steps"]
+    assert sorted(path.name for path in (demo.folder / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert (demo.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (demo.folder / f"checkpoint-{steps}").is_dir()
+    assert len(demo.losses) == steps == demo.manifest["recipe"]["max_steps"]
+    assert not list(demo.folder.glob("*.part"))
+
+
+def test_the_manifest_repeats_the_run_and_keeps_secrets(demo):
+    manifest = demo.manifest
+    assert manifest["status"] == "finished"
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["recipe"]["seed"] == 42 and manifest["recipe"]["method"] == "sora"
+    assert manifest["argv"][1:] == ["--backend", "cpu", "--output", str(demo.folder)]  # after DeepSpeed's --local_rank
+    assert len(manifest["data"]["checksum"]) == 64 and manifest["kernels"] == "sora_hw_kernels.reference"
+    assert manifest["environment"]["DS_ACCELERATOR"] == "cpu"
+    assert manifest["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert "hf_secret" not in json.dumps(manifest)
+
+
+def test_the_adapter_loads_in_a_fresh_process(demo):
+    weights = load_file(demo.folder / "adapter" / "adapter_model.safetensors")
+    command = [sys.executable, "-c", LOAD, str(demo.folder / "adapter")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(weights)), str(sum(value.numel() for value in weights.values()))]
+
+
+@pytest.mark.shared_data
+def test_the_loss_falls_on_the_eight_real_training_files(tmp_path, shared_data, train):
+    files = sorted((shared_data / "commonsense").glob("*.train*.jsonl.gz"))
+    assert len(files) == 8
+    run = train(tmp_path / "run", 2, "--train-data", *files, "--max-steps", 60, "--global-batch", 8, "--micro-batch", 4)
+    assert run.manifest["data"]["training_samples"] + run.manifest["data"]["validation_samples"] == 10268
+    assert len(run.losses) == 60
+    assert sum(run.losses[-10:]) < 0.8 * sum(run.losses[:10])
+    assert run.manifest["results"]["embedded_questions"] is None
