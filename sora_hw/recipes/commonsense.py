@@ -53,6 +53,8 @@ def embedded() -> Recipe:
     return replace(
         recipe(),
         model="embedded",
+        max_length=1024,  # the model's own limit: its small vocabulary makes many tokens of a real record
+        learn="answer",  # in so few steps the prompt's many tokens would drown out the answer's few
         validation_size=32,
         global_batch=32,
         max_steps=150,
