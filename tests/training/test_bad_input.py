@@ -177,6 +177,11 @@ def test_a_checkpoint_of_another_recipe(folder, good, interrupted, records_file,
     assert everything(folder) == before
 
 
+def test_a_checkpoint_of_other_ranks(good, interrupted, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "its ranks is 1, here it is 2" in refused([*good, "--resume"], capfd)
+
+
 def test_a_checkpoint_of_the_same_recipe_is_found(good, interrupted):
     for resume in (["--resume"], ["--resume", "auto"], ["--resume", str(interrupted / "checkpoint-4")]):
         request = parse(commonsense, [*good, *resume, "--save-steps", "3"])

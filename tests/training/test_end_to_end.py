@@ -24,10 +24,14 @@ print(len(trained), sum(value.numel() for value in trained))
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory, train):
-    """`deepspeed --num_accelerators 2 launchers/commonsense.py --backend cpu`, with a secret in the environment."""
+    """`deepspeed --num_accelerators 2 launchers/commonsense.py --backend cpu`, with a secret in the environment and
+    with a compiler that does not work."""
+    folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_secretsecret")
-        return train(tmp_path_factory.mktemp("demo") / "run", 2)
+        patch.setenv("CXX", "/bin/false")
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
+        return train(folder / "run", 2)
 
 
 def test_the_demo_learns_the_embedded_questions(demo):
@@ -67,6 +71,15 @@ def test_the_demo_leaves_what_a_run_leaves(demo):
     assert (demo.folder / f"checkpoint-{steps}").is_dir()
     assert len(demo.losses) == steps == demo.manifest["recipe"]["max_steps"]
     assert not list(demo.folder.glob("*.part"))
+    assert not (demo.folder.parent / "extensions").exists(), "DeepSpeed must not build anything"
+
+
+def test_the_state_counts_passes_over_the_data(demo):
+    history = json.loads((demo.folder / "trainer_state.json").read_text())["log_history"]
+    recipe, samples = demo.manifest["recipe"], demo.manifest["data"]["training_samples"]
+    losses = [entry for entry in history if "loss" in entry]
+    assert [entry["step"] for entry in losses] == list(range(1, recipe["max_steps"] + 1))
+    assert losses[-1]["epoch"] == pytest.approx(recipe["max_steps"] * recipe["global_batch"] / samples)
 
 
 def test_the_manifest_repeats_the_run_and_keeps_secrets(demo):
@@ -92,7 +105,7 @@ def test_the_adapter_loads_in_a_fresh_process(demo):
 def test_the_loss_falls_on_the_eight_real_training_files(tmp_path, shared_data, train):
     files = sorted((shared_data / "commonsense").glob("*.train*.jsonl.gz"))
     assert len(files) == 8
-    run = train(tmp_path / "run", 2, "--train-data", *files, "--max-steps", 60, "--global-batch", 8, "--micro-batch", 4)
+    run = train(tmp_path / "run", 2, "--train-data", *files, "--max-steps", 60, "--global-batch", 8, "--micro-batch", 2)
     assert run.manifest["data"]["training_samples"] + run.manifest["data"]["validation_samples"] == 10268
     assert len(run.losses) == 60
     assert sum(run.losses[-10:]) < 0.8 * sum(run.losses[:10])
