@@ -5,20 +5,40 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from sora_hw.data.dataset import split
+from sora_hw.data.records import Record
 
-def test_the_best_adapter_is_kept(tmp_path, tiny_model, records_file, train):
-    wild = ["--learning-rate", 1.0, "--warmup-steps", 3, "--schedule", "constant", "--max-grad-norm", 0]
-    steps = ["--max-steps", 3, "--save-steps", 1, "--eval-steps", 1, "--global-batch", 8, "--validation-size", 6]
-    data = ["--model", tiny_model, "--train-data", records_file, "--max-length", 320, "--rank", 4]
-    run = train(tmp_path / "run", 0, "--keep-best", *wild, *steps, *data)
+SEED, HELD_OUT = 3, 4
+
+
+def write_records(file):
+    """Records whose held-out answers are the letters that the others' answers unteach."""
+    records = [Record(f"Say {number}.", "", "a" * 30, "a", id=str(number)) for number in range(20)]
+    held_out = {record.id for record in split(records, HELD_OUT, SEED)[1]}
+    lines = [
+        {
+            "instruction": record.instruction,
+            "output": "xyz" * 10 if record.id in held_out else record.output,
+            "answer": "a",
+        }
+        for record in records
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_the_best_adapter_is_kept(tmp_path, tiny_model, train):
+    write_records(tmp_path / "records.jsonl")
+    data = ["--model", tiny_model, "--train-data", tmp_path / "records.jsonl", "--learn", "answer", "--seed", SEED]
+    steps = ["--max-steps", 4, "--save-steps", 1, "--eval-steps", 1, "--global-batch", 8, "--learning-rate", 0.02]
+    run = train(tmp_path / "run", 0, "--keep-best", *data, *steps, "--warmup-steps", 2, "--validation-size", HELD_OUT)
     history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
     validation = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     best = min(validation, key=validation.get)
-    assert sorted(validation) == [1, 2, 3] and best < 3, "the rate is too large on purpose"
+    assert sorted(validation) == [1, 2, 3, 4] and best < 4
     assert run.manifest["results"]["validation_loss"] == validation[best]
     kept = load_file(run.folder / "adapter" / "adapter_model.safetensors")
     wanted = load_file(run.folder / f"checkpoint-{best}" / "adapter_model.safetensors")
-    last = load_file(run.folder / "checkpoint-3" / "adapter_model.safetensors")
+    last = load_file(run.folder / "checkpoint-4" / "adapter_model.safetensors")
     assert kept.keys() == wanted.keys()
     assert all(torch.equal(kept[name], wanted[name]) for name in kept)
     assert not all(torch.equal(kept[name], last[name]) for name in kept)
