@@ -1,7 +1,7 @@
 """The embedded question set: what everyday things are and where they are found, in the Commonsense15K record format.
 
-The tiny checkpoint in `MODEL_PATH` has read about every thing below (`ci/build_embedded_model.py`), but never a question
-in this format. Fine-tuning on the questions about `TRAIN_THINGS` teaches the format; the questions about
+The tiny checkpoint in `MODEL_PATH` has read about every thing below (`ci/build_embedded_model.py`), but never a
+question in this format. Fine-tuning on the questions about `TRAIN_THINGS` teaches the format; the questions about
 `HELDOUT_THINGS`, which no training record mentions, measure what was learned.
 """
 
