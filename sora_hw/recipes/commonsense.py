@@ -59,7 +59,7 @@ def embedded() -> Recipe:
         global_batch=32,
         max_steps=150,
         warmup_steps=10,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         save_steps=50,
         eval_steps=50,
     )
