@@ -51,15 +51,10 @@ def make_plan(request: Request, module: ModuleType) -> Plan:
     """Choose device, profile, recipe and batches.
 
     Raises UserError for what cannot be had together: a device that is not usable or not the profile's, a dtype that it
-    lacks, ZeRO-0 in bfloat16, a global batch that the ranks cannot share, a recipe's model without its data.
+    lacks, ZeRO-0 in bfloat16, a global batch that the ranks cannot share.
     """
     device, profile = _hardware(request)
     recipe = _recipe(request, module, profile)
-    if recipe.model != EMBEDDED and not request.train_data and not request.dry_run:
-        raise UserError(
-            f"--model {recipe.model} learns from --train-data FILE...: give the records of {module.DATA}, "
-            f"or --model {EMBEDDED} for the embedded model and its questions"
-        )
     world_size = int(os.environ.get("WORLD_SIZE", (request.dry_run and profile.ranks) or 1))
     micro_batch = request.profile.get("micro_batch")
     if micro_batch is None:  # the profile's is what fits into memory; a smaller one always does
@@ -68,7 +63,6 @@ def make_plan(request: Request, module: ModuleType) -> Plan:
 
 
 def _hardware(request: Request) -> tuple[Device, Profile]:
-    device = None
     if not request.dry_run or request.hardware == "auto":
         device = select(request.backend)
         profile = choose(request.hardware, device)

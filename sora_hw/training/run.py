@@ -73,7 +73,7 @@ def run(module: ModuleType, argv: Sequence[str] | None) -> None:
         read = {"records": len(read_records(plan.train_data)), "deepspeed": deepspeed_config(plan, None)}
         print_plan(plan.as_dict() | read, console, request.as_json)
         return
-    job = check(request, plan)
+    job = check(request, plan, module)
     if request.dry_run:
         print_plan(job.as_dict(), console, request.as_json)
         return
@@ -81,9 +81,14 @@ def run(module: ModuleType, argv: Sequence[str] | None) -> None:
     train(job, console)
 
 
-def check(request: Request, plan: Plan) -> Job:
+def check(request: Request, plan: Plan, module: ModuleType) -> Job:
     """Model, data and output folder, looked at before any of them is touched. Raises UserError."""
     base = find(plan.recipe.model)
+    if base.name != EMBEDDED and plan.asks_embedded_questions:
+        raise UserError(
+            f"--model {base.name} learns from --train-data FILE...: give the records of {module.DATA}, "
+            f"or --model {EMBEDDED} for the embedded model and its questions"
+        )
     largest_tensor = check_targets(base, plan.recipe)
     tokenizer = load_tokenizer(base)
     data = prepare(plan, tokenizer)

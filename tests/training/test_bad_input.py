@@ -105,9 +105,11 @@ def test_wrong_data(folder, good, capfd, records_file, name):
     assert everything(folder) == before
 
 
-def test_a_models_own_data_must_be_named(folder, tiny_model, capfd):
-    line = refused(["--backend", "cpu", "--model", tiny_model], capfd)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_models_own_data_must_be_named(folder, tiny_model, capfd, more):
+    line = refused(["--backend", "cpu", "--model", tiny_model, *more], capfd)
     assert "--train-data" in line and "Commonsense15K" in line
+    assert "--model gone/: no such folder" in refused(["--backend", "cpu", "--model", "gone/", *more], capfd)
 
 
 def test_a_folder_that_is_no_model(folder, good, tiny_model, capfd):
@@ -145,7 +147,7 @@ def test_an_output_that_is_a_file_or_holds_a_run(folder, good, capfd):
 def interrupted(folder, good):
     """The folder of a run of `good` that got as far as its fourth step."""
     request = parse(commonsense, good)
-    job = check(request, make_plan(request, commonsense))
+    job = check(request, make_plan(request, commonsense), commonsense)
     (folder / "out" / "checkpoint-4").mkdir(parents=True)
     (folder / "out" / "checkpoint-4" / "trainer_state.json").write_text("{}")
     job.folder.write_manifest({"fingerprint": job.fingerprint})
@@ -185,7 +187,7 @@ def test_a_checkpoint_of_other_ranks(good, interrupted, capfd, monkeypatch):
 def test_a_checkpoint_of_the_same_recipe_is_found(good, interrupted):
     for resume in (["--resume"], ["--resume", "auto"], ["--resume", str(interrupted / "checkpoint-4")]):
         request = parse(commonsense, [*good, *resume, "--save-steps", "3"])
-        job = check(request, make_plan(request, commonsense))
+        job = check(request, make_plan(request, commonsense), commonsense)
         assert job.folder.checkpoint.resolve() == (interrupted / "checkpoint-4").resolve()
 
 
