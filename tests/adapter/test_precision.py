@@ -54,7 +54,7 @@ def test_a_bfloat16_layer_is_the_float64_one_to_bfloat16_s_precision(method):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
-    ("base", "autocast"), itertools.product([torch.float32, torch.bfloat16], [torch.bfloat16, torch.float16])
+    ("base", "autocast"), list(itertools.product([torch.float32, torch.bfloat16], [torch.bfloat16, torch.float16]))
 )
 def test_under_autocast_the_output_is_a_lora_s(base, autocast, dropout):
     model = adapted("sora", base, dropout=dropout)
