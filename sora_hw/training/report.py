@@ -59,7 +59,7 @@ def print_results(results: Mapping[str, object], console: Console) -> None:
         "steps": f"{results['steps']}",
         "final loss": f"{results['final_loss']:.4f}",
         "validation loss": _shown(results["validation_loss"], "{:.4f}"),
-        "speed": f"{results['tokens_per_second']:,.0f} tokens/s",
+        "speed": _shown(results["tokens_per_second"] or None, "{:,.0f} tokens/s"),
         "peak memory": f"{results['peak_memory_bytes'] / 2**30:.2f} GiB on rank 0",
         "trainable": f"{results['trainable_percent']:.3f} % of the parameters",
         "held-out questions": demo and f"{demo['questions']}, right by chance {demo['chance']:.1%}",
