@@ -24,6 +24,14 @@ class EngineCheck(TrainerCallback):
         check_engine(self.trainer.model_wrapped, self.plan)
 
 
+class LastLoss(TrainerCallback):
+    """Logs the loss of the last step, whatever the steps between logs: every run ends with a loss to show."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class Clock(TrainerCallback):
     """Counts passes over the data and measures the time and the tokens of the steps that this process ran.
 

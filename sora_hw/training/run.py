@@ -15,7 +15,7 @@ from sora_hw.data.records import read_records
 from sora_hw.errors import UserError
 from sora_hw.training.arguments import Request, parse
 from sora_hw.training.base_model import EMBEDDED, BaseModel, check_targets, find, is_local, load_model, load_tokenizer
-from sora_hw.training.callbacks import Clock, EngineCheck, ProgressBar
+from sora_hw.training.callbacks import Clock, EngineCheck, LastLoss, ProgressBar
 from sora_hw.training.deepspeed_config import deepspeed_config
 from sora_hw.training.demo import score_demo
 from sora_hw.training.plan import Plan, make_plan
@@ -142,7 +142,7 @@ def make_trainer(job: Job, clock: Clock, console: Console) -> Trainer:
     """The model with its adapter in a Trainer; the order matters, see `training_arguments`."""
     arguments = training_arguments(job.plan, job.data.steps, job.folder.path, job.deepspeed)
     model = add_adapter(load_model(job.base, job.plan.profile.dtype), job.plan.recipe)
-    callbacks = [clock, ProgressBar(clock, console)] if dist.get_rank() == 0 else [clock]
+    callbacks = [clock, LastLoss()] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
     trainer = build_trainer(model, arguments, job.tokenizer, job.data, callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(EngineCheck(trainer, job.plan))

@@ -30,12 +30,14 @@ def test_the_best_adapter_is_kept(tmp_path, tiny_model, train):
     write_records(tmp_path / "records.jsonl")
     data = ["--model", tiny_model, "--train-data", tmp_path / "records.jsonl", "--learn", "answer", "--seed", SEED]
     steps = ["--max-steps", 4, "--save-steps", 1, "--eval-steps", 1, "--global-batch", 8, "--learning-rate", 0.02]
+    steps += ["--log-steps", 100]
     run = train(tmp_path / "run", 0, "--keep-best", *data, *steps, "--warmup-steps", 2, "--validation-size", HELD_OUT)
     history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
     validation = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     best = min(validation, key=validation.get)
     assert sorted(validation) == [1, 2, 3, 4] and best < 4
     assert run.manifest["results"]["validation_loss"] == validation[best]
+    assert run.manifest["results"]["final_loss"] == run.losses[0] and len(run.losses) == 1, "logged at the last step"
     kept = load_file(run.folder / "adapter" / "adapter_model.safetensors")
     wanted = load_file(run.folder / f"checkpoint-{best}" / "adapter_model.safetensors")
     last = load_file(run.folder / "checkpoint-4" / "adapter_model.safetensors")
