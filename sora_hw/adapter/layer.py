@@ -163,17 +163,13 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         """The output under one adapter from `base`, the base layer's output with its bias."""
         with torch.autocast(base.device.type, enabled=False):
             linear = self._linear_map(adapter_name)
-            reads_output = linear.q is not None and not self._weight_is_readable()
+            reads_output = linear.q is not None and self._rotation_reads_output(x)
             bias = self._missing_bias(adapter_name, linear, reads_output)
             z = self._low_rank_input(adapter_name, linear, x.to(base.dtype), base if reads_output else None)
         return ops.scale_rank_update(base, linear.c, z, linear.b, bias, keep_base=_keeps_base(linear.c))
 
     def _low_rank_input(self, adapter_name: str, linear: LinearMap, x: Tensor, base: Tensor | None) -> Tensor:
-        """`z = [s x~ A^T, h Q]`, (..., r + q), in the dtype of `x`.
-
-        `h Q` is `x (Q^T W0)^T`: one read of the weight and no pass over the output. Where the weight cannot be read
-        (sharded, quantised) it is taken from `base`, the finished product, instead.
-        """
+        """`z = [s x~ A^T, h Q]`, (..., r + q), in the dtype of `x`; `h Q` from `base`, or from `x` where it is None."""
         rows = self.scaling[adapter_name] * self.conditioned_A[adapter_name]
         dropout = self.conditioned_dropout[adapter_name]
         if linear.q is None:
@@ -186,6 +182,17 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         if self.training and isinstance(dropout, nn.Dropout):
             return torch.cat([ops.skinny_product(dropout(x), rows), ops.skinny_product(x, probe)], dim=-1)
         return ops.skinny_product(x, torch.cat([rows.to(probe.dtype), probe]))
+
+    def _rotation_reads_output(self, x: Tensor) -> bool:
+        """Whether a rotation takes its `h Q` from the finished product, or as `x (Q^T W0)^T` from the input.
+
+        The latter is one read of the weight, no pass over the output and nothing of its size kept for the backward
+        pass; but a weight that is sharded or quantised cannot be read, and for few rows without a gradient, as in
+        generation, its read costs more than theirs. Not while training: there a checkpointed forward pass has no
+        gradient either, and must round as its recomputation does.
+        """
+        generates = not self.training and not torch.is_grad_enabled()
+        return not self._weight_is_readable() or (generates and x.numel() < self.in_features**2)
 
     def _missing_bias(self, adapter_name: str, linear: LinearMap, reads_output: bool) -> Tensor | None:
         """What the update must add so that the result has the bias it should, (out,), or None.

@@ -88,6 +88,21 @@ def test_a_weight_that_cannot_be_read_is_not_needed(pre, post, condition_bias, m
     assert_same(layer, config, x, y, x * nn.functional.dropout(torch.ones_like(x), 0.4))
 
 
+@pytest.mark.parametrize("n", [1, IN - 1, IN])
+@pytest.mark.parametrize("condition_bias", [False, True])
+@pytest.mark.parametrize(("pre", "post"), PAIRS)
+def test_inference_on_few_and_on_many_rows(pre, post, condition_bias, n):
+    """Without a gradient a rotation reads the finished product of few rows, and the weight beside many."""
+    model, layer, config = adapted(pre, post, condition_bias=condition_bias)
+    x = rows(n)
+    assert not layer._rotation_reads_output(x)
+    model.eval()
+    with torch.no_grad():
+        assert layer._rotation_reads_output(x) == (n < IN)
+        assert (model(x) - reference(layer, config, x, x)[0]).abs().max() < 1e-12
+        assert not layer.train()._rotation_reads_output(x)  # as in the forward pass of a checkpointed layer
+
+
 @pytest.mark.parametrize(("pre", "post"), [pair for pair in PAIRS if "rotation" in pair])
 def test_the_reference_scale_rule(pre, post):
     model, layer, config = adapted(pre, post, rotation_scale="reference")
