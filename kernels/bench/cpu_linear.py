@@ -1,6 +1,9 @@
-"""One adapted linear layer on CPU: forward + backward, every peer in one run, frozen linear = 1.0.
+"""One adapted linear layer on CPU, every peer in one run, frozen linear = 1.0.
 
-    python kernels/bench/cpu_linear.py [--rows 2048 512] [--features 2048] [--threads 1] [--repeats 15] [--json FILE]
+    python kernels/bench/cpu_linear.py [--inference] [--rows 2048 512] [--features 2048] [--threads 1] [--repeats 15]
+                                       [--json FILE]
+
+Forward + backward, or with `--inference` the forward pass of unmerged adapters, as in generation.
 
 The peers run in turn, round after round, and each figure is the median over rounds of the ratio to the frozen layer
 of the same round: the machine's speed may drift, the ratio does not. With two threads on a shared machine the ratios
@@ -37,21 +40,25 @@ def main() -> None:
     results = []
     for dtype in DTYPES:
         for rows in arguments.rows:
-            ratios = measure(peers(rows, arguments.features, DTYPES[dtype]), arguments.repeats)
+            steps = peers(rows, arguments.features, DTYPES[dtype], infer_step if arguments.inference else train_step)
+            ratios = measure(steps, arguments.repeats)
             results.append({"dtype": dtype, "rows": rows, "ratios": ratios})
     show(results, arguments)
     if arguments.json:
         machine = {
             "cpu": cpu_name(),
             "threads": arguments.threads,
+            "pass": what_runs(arguments),
             "torch": torch.__version__,
             "peft": peft.__version__,
         }
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
 
 
-def peers(rows: int, features: int, dtype: torch.dtype) -> dict[str, Step]:
-    """One training step of every peer on the same shapes. Dropout 0; adapters as each library makes them by default.
+def peers(
+    rows: int, features: int, dtype: torch.dtype, run: Callable[[nn.Module, Tensor, Tensor], None]
+) -> dict[str, Step]:
+    """One step of every peer on the same shapes. Dropout 0; adapters as each library makes them by default.
 
     In bfloat16 PEFT computes a float32 adapter in float32; its all-bfloat16 form, which is faster, runs as well.
     """
@@ -63,7 +70,7 @@ def peers(rows: int, features: int, dtype: torch.dtype) -> dict[str, Step]:
         if config is not None:
             model = get_peft_model(model, config, **kwargs)
             start_from_a_trained_point(model)
-        return lambda: train_step(model, x, dy)
+        return lambda: run(model, x, dy)
 
     def peft_lora(**kwargs) -> LoraConfig:
         return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=["0"], **kwargs)
@@ -92,6 +99,11 @@ def train_step(model: nn.Module, x: Tensor, dy: Tensor) -> None:
     model(x).backward(dy)
 
 
+@torch.no_grad()
+def infer_step(model: nn.Module, x: Tensor, dy: Tensor) -> None:
+    model.eval()(x)
+
+
 def measure(steps: dict[str, Step], repeats: int) -> dict[str, float]:
     """Median over rounds of each step's time divided by the first step's in the same round."""
     rounds: list[dict[str, float]] = []
@@ -108,17 +120,21 @@ def measure(steps: dict[str, Step], repeats: int) -> dict[str, float]:
 
 
 def show(results: list[dict], arguments: argparse.Namespace) -> None:
-    table = Table(
-        title=f"forward + backward, in = out = {arguments.features}, r {RANK}, threads {arguments.threads}, frozen = 1"
-    )
-    table.add_column("peer")
-    for result in results:
-        table.add_column(f"{result['dtype']}\nN {result['rows']}", justify="right")
-    for name in dict.fromkeys(name for result in results for name in result["ratios"]):
-        row = [result["ratios"].get(name) for result in results]
-        table.add_row(name, *("" if ratio is None else f"{ratio:.3f}" for ratio in row))
-    Console().print(f"{cpu_name()}, torch {torch.__version__}, peft {peft.__version__}")
-    Console().print(table)
+    console = Console()
+    console.print(f"{cpu_name()}, torch {torch.__version__}, peft {peft.__version__}, threads {arguments.threads}")
+    for dtype in DTYPES:
+        of_dtype = [result for result in results if result["dtype"] == dtype]
+        table = Table(title=f"{what_runs(arguments)}, {dtype}, in = out = {arguments.features}, r {RANK}, frozen = 1")
+        table.add_column("peer")
+        for result in of_dtype:
+            table.add_column(f"N {result['rows']}", justify="right")
+        for name in of_dtype[0]["ratios"]:
+            table.add_row(name, *(f"{result['ratios'][name]:.3f}" for result in of_dtype))
+        console.print(table)
+
+
+def what_runs(arguments: argparse.Namespace) -> str:
+    return "forward, inference" if arguments.inference else "forward + backward"
 
 
 def cpu_name() -> str:
@@ -129,6 +145,7 @@ def cpu_name() -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inference", action="store_true", help="the forward pass without gradients alone")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048, 512], help="tokens N")
     parser.add_argument("--features", type=int, default=2048, help="in = out")
     parser.add_argument("--threads", type=int, default=1)
