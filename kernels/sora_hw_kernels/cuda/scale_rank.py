@@ -1,0 +1,313 @@
+"""`y = scale * base + z b^T + bias` and its gradients: one pass over (N, out) forward, one backward.
+
+Both are bound by memory traffic. The forward kernel reads `base` and writes `y`. The backward kernel reads the incoming
+gradient once for everything that needs it: the gradients of `base`, `z`, `b`, `scale` and `bias`. Sums over rows and
+over features go through buffers of partial sums that are added up in a fixed order, so that results repeat bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sora_hw.ops import empty_gradients
+from sora_hw_kernels.cuda.launch import Tiles, on_device_of, rank_tile, taken, with_unit_columns
+from sora_hw_kernels.reference import scale_rank as reference
+
+# Up to this rank one read of the gradient gives every sum. Beyond it the partial sums of `dz`, 4 R / 256 bytes beside
+# the 2 of each element of the gradient, written and read, cost more than the vendor's products, which read it again.
+LARGEST_ONE_READ_RANK = 32
+# Programs of one backward launch: enough to fill any card several times, few enough that the partial sums stay small.
+_BACKWARD_PROGRAMS = 1024
+
+
+@triton.jit
+def forward_kernel(
+    base,
+    scale,
+    z,
+    b,
+    bias,
+    y,
+    N,
+    OUT,
+    R,
+    base_stride,
+    z_stride_n,
+    z_stride_r,
+    b_stride_o,
+    b_stride_r,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_O: tl.constexpr,
+    TILE_R: tl.constexpr,
+):
+    """One (TILE_N, TILE_O) tile of `y`, accumulated in float32 and rounded once."""
+    tiles_o = tl.cdiv(OUT, TILE_O)
+    n = (tl.program_id(0) // tiles_o) * TILE_N + tl.arange(0, TILE_N)
+    o = (tl.program_id(0) % tiles_o) * TILE_O + tl.arange(0, TILE_O)
+    n_wide = n.to(tl.int64)
+    inside = (n < N)[:, None] & (o < OUT)[None, :]
+
+    total = tl.load(base + n_wide[:, None] * base_stride + o[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        total *= tl.load(scale + o, mask=o < OUT, other=0.0)[None, :]
+    for first in range(0, R, TILE_R):
+        r = first + tl.arange(0, TILE_R)
+        z_at = z + n_wide[:, None] * z_stride_n + r[None, :].to(tl.int64) * z_stride_r
+        b_at = b + r[:, None] * b_stride_r + o[None, :] * b_stride_o
+        z_tile = tl.load(z_at, mask=(n < N)[:, None] & (r < R)[None, :], other=0.0).to(tl.float32)
+        b_tile = tl.load(b_at, mask=(r < R)[:, None] & (o < OUT)[None, :], other=0.0).to(tl.float32)
+        total = tl.dot(z_tile, b_tile, total, input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias + o, mask=o < OUT, other=0.0)[None, :]
+    tl.store(y + n_wide[:, None] * OUT + o[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    grad,
+    saved,
+    scale,
+    z,
+    b,
+    bias,
+    dbase,
+    dz_parts,
+    db_parts,
+    product_parts,
+    grad_parts,
+    N,
+    OUT,
+    R,
+    CHUNK,
+    grad_stride,
+    saved_stride,
+    z_stride_n,
+    z_stride_r,
+    HAS_RANK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    NEED_BASE: tl.constexpr,
+    SUBTRACT_BIAS: tl.constexpr,
+    SUM_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_O: tl.constexpr,
+    TILE_R: tl.constexpr,
+):
+    """CHUNK rows of one tile of features: one read of the gradient for all the sums it enters.
+
+    Writes `dbase`; over this tile's features the partial sums of `dz`, (tiles_o, N, R); over these rows those of `db`,
+    (chunks, OUT, R), of `colsum(grad * saved)` and of `colsum(grad)`, both (chunks, OUT).
+    """
+    tiles_o = tl.cdiv(OUT, TILE_O)
+    tile_o = tl.program_id(0) % tiles_o
+    chunk = tl.program_id(0) // tiles_o
+    o = tile_o * TILE_O + tl.arange(0, TILE_O)
+    o_in = o < OUT
+    r = tl.arange(0, TILE_R)
+    r_in = r < R
+
+    if HAS_RANK:
+        b_tile = tl.load(b + o[:, None] * R + r[None, :], mask=o_in[:, None] & r_in[None, :], other=0.0)
+        b_tile = b_tile.to(grad.dtype.element_ty)
+        db = tl.zeros((TILE_O, TILE_R), dtype=tl.float32)
+    if HAS_SCALE:
+        scale_row = tl.load(scale + o, mask=o_in, other=0.0)[None, :]
+        products = tl.zeros((TILE_O,), dtype=tl.float32)
+        if SUBTRACT_BIAS:
+            bias_row = tl.load(bias + o, mask=o_in, other=0.0)[None, :]
+    if SUM_GRAD:
+        grads = tl.zeros((TILE_O,), dtype=tl.float32)
+
+    for first in range(chunk * CHUNK, min((chunk + 1) * CHUNK, N), TILE_N):
+        n = first + tl.arange(0, TILE_N)
+        n_wide = n.to(tl.int64)
+        inside = (n < N)[:, None] & o_in[None, :]
+        g = tl.load(grad + n_wide[:, None] * grad_stride + o[None, :], mask=inside, other=0.0)
+        if HAS_RANK:
+            rank_in = (n < N)[:, None] & r_in[None, :]
+            z_at = z + n_wide[:, None] * z_stride_n + r[None, :].to(tl.int64) * z_stride_r
+            z_tile = tl.load(z_at, mask=rank_in, other=0.0)
+            db = tl.dot(tl.trans(g), z_tile, db, input_precision=PRECISION)
+            dz = tl.dot(g, b_tile, input_precision=PRECISION)
+            dz_row = tile_o.to(tl.int64) * N + n_wide
+            tl.store(dz_parts + dz_row[:, None] * R + r[None, :], dz, mask=rank_in)
+        wide = g.to(tl.float32)
+        if SUM_GRAD:
+            grads += tl.sum(wide, axis=0)
+        if HAS_SCALE:
+            kept = tl.load(saved + n_wide[:, None] * saved_stride + o[None, :], mask=inside, other=0.0).to(tl.float32)
+            if SUBTRACT_BIAS:
+                kept -= bias_row
+            products += tl.sum(wide * kept, axis=0)
+            if NEED_BASE:
+                scaled = (wide * scale_row).to(dbase.dtype.element_ty)
+                tl.store(dbase + n_wide[:, None] * OUT + o[None, :], scaled, mask=inside)
+
+    sums_at = chunk * OUT + o
+    if HAS_RANK:
+        db_at = db_parts + sums_at.to(tl.int64)[:, None] * R + r[None, :]
+        tl.store(db_at, db, mask=o_in[:, None] & r_in[None, :])
+    if HAS_SCALE:
+        tl.store(product_parts + sums_at, products, mask=o_in)
+    if SUM_GRAD:
+        tl.store(grad_parts + sums_at, grads, mask=o_in)
+
+
+def forward_tiles(rank: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the forward kernel; larger ranks are walked through in tiles of 32."""
+    return Tiles(rows=32 if dtype == torch.float32 else 64, features=128, rank=rank_tile(rank, largest=32), warps=8)
+
+
+def backward_tiles(rank: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the backward kernel: for half rows wide, since every tile of features adds a partial sum of `dz`."""
+    tile = rank_tile(rank, largest=LARGEST_ONE_READ_RANK)
+    if dtype == torch.float32:
+        return Tiles(rows=16, features=64, rank=tile, warps=8)
+    return Tiles(rows=32, features=256, rank=tile, warps=8)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How the tensor cores multiply float32 operands.
+
+    For float32 rows in three TF32 products, which keep its digits; for half ones in one, since TF32 holds them exactly.
+    """
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, keep_base: bool) -> Tensor:
+    """(N, out); see `sora_hw.ops.scale_rank_update`. `keep_base` concerns autograd only."""
+    if not taken(base, scale, bias):
+        return reference.forward(base, scale, z, b, bias, keep_base)
+    base, scale, bias = (None if t is None else with_unit_columns(t) for t in (base, scale, bias))
+    y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    (rows, features), rank = base.shape, z.shape[1]
+    if y.numel() == 0:
+        return y
+    tiles = forward_tiles(rank, base.dtype)
+    grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(features, tiles.features),)
+    with on_device_of(base):
+        forward_kernel[grid](
+            base,
+            scale,
+            z,
+            b,
+            bias,
+            y,
+            rows,
+            features,
+            rank,
+            base.stride(0),
+            *z.stride(),
+            *b.stride(),
+            HAS_SCALE=scale is not None,
+            HAS_BIAS=bias is not None,
+            PRECISION=precision(base.dtype),
+            TILE_N=tiles.rows,
+            TILE_O=tiles.features,
+            TILE_R=tiles.rank,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+    return y
+
+
+def backward(
+    grad: Tensor,
+    saved: Tensor,
+    scale: Tensor | None,
+    z: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    saved_base: bool,
+    need_base: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of base, z, b, scale and bias; see `sora_hw_kernels.reference.scale_rank.backward`."""
+    if not taken(grad, scale, bias, b) or z.dtype != grad.dtype:
+        return reference.backward(grad, saved, scale, z, b, bias, saved_base, need_base)
+    grad, saved, scale, b, bias = (None if t is None else with_unit_columns(t) for t in (grad, saved, scale, b, bias))
+    dbase, dz, db, dscale, dbias = gradients = empty_gradients(grad, scale, z, b, bias, need_base)
+    if grad.numel() == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+
+    in_one_read = z.shape[1] <= LARGEST_ONE_READ_RANK
+    if in_one_read or scale is not None or bias is not None:
+        dz_sum, db_sum, products, grads = _sums(
+            grad, saved, scale, z, b, bias, dbase, saved_base, need_base, in_one_read
+        )
+    if in_one_read:
+        dz.copy_(dz_sum)
+        db.copy_(db_sum)
+    else:
+        torch.mm(grad, b.to(grad.dtype), out=dz)
+        db.copy_(grad.t() @ z)
+    if bias is not None:
+        dbias.copy_(grads)
+    if scale is not None:
+        dscale.copy_(products if saved_base else (products - (b * db).sum(1)) / scale)
+    return gradients
+
+
+def _sums(
+    grad: Tensor,
+    saved: Tensor,
+    scale: Tensor | None,
+    z: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    dbase: Tensor,
+    saved_base: bool,
+    need_base: bool,
+    with_rank: bool,
+) -> tuple[Tensor | None, ...]:
+    """`dz`, `db`, `colsum(grad * saved)` and `colsum(grad)` in float32, each where it is wanted; fills `dbase`."""
+    (rows, features), rank = grad.shape, z.shape[1]
+    tiles = backward_tiles(rank, grad.dtype)
+    tiles_o = triton.cdiv(features, tiles.features)
+    steps = triton.cdiv(triton.cdiv(rows, tiles.rows), triton.cdiv(_BACKWARD_PROGRAMS, tiles_o))
+    chunk = steps * tiles.rows
+    chunks = triton.cdiv(rows, chunk)
+    parts = [
+        torch.empty(shape, dtype=torch.float32, device=grad.device) if wanted else None
+        for wanted, shape in (
+            (with_rank, (tiles_o, rows, rank)),
+            (with_rank, (chunks, features, rank)),
+            (scale is not None, (chunks, features)),
+            (bias is not None, (chunks, features)),
+        )
+    ]
+    with on_device_of(grad):
+        backward_kernel[(tiles_o * chunks,)](
+            grad,
+            saved,
+            scale,
+            z,
+            b,
+            bias,
+            dbase,
+            *parts,
+            rows,
+            features,
+            rank,
+            chunk,
+            grad.stride(0),
+            saved.stride(0),
+            *z.stride(),
+            HAS_RANK=with_rank,
+            HAS_SCALE=scale is not None,
+            NEED_BASE=need_base,
+            SUBTRACT_BIAS=bias is not None and not saved_base,
+            SUM_GRAD=bias is not None,
+            PRECISION=precision(grad.dtype),
+            TILE_N=tiles.rows,
+            TILE_O=tiles.features,
+            TILE_R=tiles.rank,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+    return tuple(None if part is None else part.sum(0) for part in parts)

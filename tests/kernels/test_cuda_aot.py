@@ -1,0 +1,105 @@
+"""Every CUDA kernel compiled ahead of time, without a GPU, for the RTX 4090 (sm_89) and the H100 / H200 (sm_90).
+
+Held to what makes or breaks a kernel there: it compiles, it fits into shared memory, nothing spills from registers.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from sora_hw_kernels.cuda import row_norm, scale_rank  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# What one block may use: the RTX 4090's 99 KiB is the smaller of the two, and every kernel is to run there.
+SHARED_BYTES = 99 * 1024
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+FLAGS = {
+    scale_rank.forward_kernel: ("HAS_SCALE", "HAS_BIAS"),
+    scale_rank.backward_kernel: ("HAS_RANK", "HAS_SCALE", "NEED_BASE", "SUBTRACT_BIAS", "SUM_GRAD"),
+    row_norm.row_norm_kernel: ("HAS_SCALE",),
+}
+# Tensors in the dtype of the rows; every other tensor is in float32.
+ROWS = {"base", "z", "y", "grad", "saved", "dbase", "weight"}
+
+
+def tile_constants(tiles, *names):
+    return dict(zip(names, (tiles.rows, tiles.features, tiles.rank), strict=True))
+
+
+def cases():
+    for dtype in NAMES:
+        for rank in (16, 32):
+            tiles = scale_rank.forward_tiles(rank, dtype)
+            yield scale_rank.forward_kernel, dtype, tiles, tile_constants(tiles, "TILE_N", "TILE_O", "TILE_R"), {}
+            tiles = scale_rank.backward_tiles(rank, dtype)
+            constants = tile_constants(tiles, "TILE_N", "TILE_O", "TILE_R")
+            yield scale_rank.backward_kernel, dtype, tiles, constants, {"HAS_RANK": True}
+        yield scale_rank.backward_kernel, dtype, tiles, constants, {"HAS_RANK": False}
+        for rank in (16, 32, 64, 128):
+            tiles = row_norm.row_norm_tiles(rank, dtype)
+            yield row_norm.row_norm_kernel, dtype, tiles, tile_constants(tiles, "TILE_O", "TILE_I", "TILE_R"), {}
+
+
+def compiled(kernel, dtype, tiles, constants, arch):
+    def kind(name):
+        if name in constants:
+            return "constexpr"
+        if name in ROWS:
+            return f"*{NAMES[dtype]}"
+        sizes = name.isupper() or "stride" in name
+        return "i32" if sizes else "*fp32"
+
+    # As the launch sees them on aligned tensors: pointers and row strides divisible by 16.
+    aligned = [
+        (index,)
+        for index, name in enumerate(kernel.arg_names)
+        if kind(name).startswith("*") or name in ("OUT", "IN", "base_stride", "grad_stride", "saved_stride")
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: kind(name) for name in kernel.arg_names},
+        constexprs=constants,
+        attrs={index: [["tt.divisibility", 16]] for index in aligned},
+    )
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(binary, folder):
+    """Registers a thread and bytes of stack a thread: a spilled register lies on the stack."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report.stdout).groups()
+    return int(registers), int(stack) + int(local)
+
+
+@pytest.mark.parametrize("arch", [89, 90])
+@pytest.mark.parametrize("everything", [True, False], ids=["all-options", "no-option"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "tiles", "constants", "fixed"),
+    [pytest.param(*case, id=f"{case[0].fn.__name__}-{NAMES[case[1]]}-rank{case[2].rank}{case[4]}") for case in cases()],
+)
+def test_fits_and_spills_nothing(kernel, dtype, tiles, constants, fixed, everything, arch, tmp_path):
+    constants = constants | dict.fromkeys(FLAGS[kernel], everything) | fixed
+    binary = compiled(kernel, dtype, tiles, constants | {"PRECISION": scale_rank.precision(dtype)}, arch)
+    registers, stack = resources(binary, tmp_path)
+    assert binary.metadata.shared <= SHARED_BYTES
+    assert stack == 0
+    assert registers * 32 * tiles.warps <= 65536  # at least one program a multiprocessor
+
+
+def test_a_spill_would_be_seen(tmp_path):
+    """The forward kernel on a tile far too large for its threads."""
+    tiles = scale_rank.Tiles(rows=128, features=256, rank=32, warps=4)
+    constants = tile_constants(tiles, "TILE_N", "TILE_O", "TILE_R") | dict.fromkeys(("HAS_SCALE", "HAS_BIAS"), True)
+    constants["PRECISION"] = "tf32"
+    binary = compiled(scale_rank.forward_kernel, torch.bfloat16, tiles, constants, 89)
+    assert resources(binary, tmp_path)[1] > 0
