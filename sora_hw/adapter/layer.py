@@ -23,12 +23,39 @@ PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_
 # Below this bound the base product is kept for the backward pass instead.
 _SMALLEST_SCALE_FROM_OUTPUT = 0.1
 
+_NO_DROPOUT = nn.Identity()
+
 
 class _Original(NamedTuple):
     """What a merge overwrote, in host memory, so that unmerging restores it bit for bit."""
 
     weight: Tensor
     bias: Tensor | None
+
+
+class _LowRankPath(NamedTuple):
+    """One adapter between the input and the output of the base layer.
+
+    Attributes:
+        linear: the coefficients of the map.
+        z: what it has read from the input, `[s x~ A^T, h Q]`, or without `h Q` where that is to be read off the output.
+        bias: what the update must add, or None.
+        reads_output: whether `h Q` is still to be read.
+    """
+
+    linear: LinearMap
+    z: Tensor
+    bias: Tensor | None
+    reads_output: bool
+
+    def output(self, base: Tensor) -> Tensor:
+        """The layer's output under this adapter from `base`, the base layer's output with its bias."""
+        c, b, q = self.linear
+        z = self.z.to(base.dtype)
+        with torch.autocast(base.device.type, enabled=False):
+            if self.reads_output:
+                z = torch.cat([z, ops.skinny_product(base, q.t())], dim=-1)
+            return ops.scale_rank_update(base, c, z, b, self.bias, keep_base=_keeps_base(c))
 
 
 class ConditionedLinear(nn.Module, BaseTunerLayer):
@@ -148,10 +175,15 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         """`x` (..., in) -> (..., out). Several active adapters add their differences from the base layer."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        base = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return base
-        outputs = [self._conditioned(name, x, base) for name in self.active_adapters if name in self.conditioned_A]
+            return self.base_layer(x, *args, **kwargs)
+        paths = []
+        for name in self.active_adapters:
+            if name in self.conditioned_A:
+                x, path = self._low_rank_path(name, x)
+                paths.append(path)
+        base = self.base_layer(x, *args, **kwargs)
+        outputs = [path.output(base) for path in paths]
         if len(outputs) == 1:
             return outputs[0]
         result = base
@@ -159,29 +191,27 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
             result = result + (output - base)
         return result
 
-    def _conditioned(self, adapter_name: str, x: Tensor, base: Tensor) -> Tensor:
-        """The output under one adapter from `base`, the base layer's output with its bias."""
-        with torch.autocast(base.device.type, enabled=False):
+    def _low_rank_path(self, adapter_name: str, x: Tensor) -> tuple[Tensor, _LowRankPath]:
+        """What an adapter takes from the input, and the `x` to go on with (`sora_hw.ops.low_rank_input`)."""
+        dtype = _compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
             linear = self._linear_map(adapter_name)
+            rows = self.scaling[adapter_name] * self.conditioned_A[adapter_name]
+            dropout = self.conditioned_dropout[adapter_name]
             reads_output = linear.q is not None and self._rotation_reads_output(x)
+            if linear.q is None or reads_output:
+                x, z = _product(x, rows, dropout, dtype)
+            else:
+                weight = self._stored_weight()
+                probe = linear.q.t().to(weight.dtype) @ weight
+                if isinstance(dropout, nn.Identity) or not self.training:
+                    x, z = _product(x, torch.cat([rows.to(probe.dtype), probe]), _NO_DROPOUT, dtype)
+                else:
+                    x, dropped = _product(x, rows, dropout, dtype)
+                    x, turned = _product(x, probe, _NO_DROPOUT, dtype)
+                    z = torch.cat([dropped, turned], dim=-1)
             bias = self._missing_bias(adapter_name, linear, reads_output)
-            z = self._low_rank_input(adapter_name, linear, x.to(base.dtype), base if reads_output else None)
-        return ops.scale_rank_update(base, linear.c, z, linear.b, bias, keep_base=_keeps_base(linear.c))
-
-    def _low_rank_input(self, adapter_name: str, linear: LinearMap, x: Tensor, base: Tensor | None) -> Tensor:
-        """`z = [s x~ A^T, h Q]`, (..., r + q), in the dtype of `x`; `h Q` from `base`, or from `x` where it is None."""
-        rows = self.scaling[adapter_name] * self.conditioned_A[adapter_name]
-        dropout = self.conditioned_dropout[adapter_name]
-        if linear.q is None:
-            return ops.skinny_product(dropout(x), rows)
-        q_t = linear.q.t()
-        if base is not None:
-            return torch.cat([ops.skinny_product(dropout(x), rows), ops.skinny_product(base, q_t)], dim=-1)
-        weight = self._stored_weight()
-        probe = q_t.to(weight.dtype) @ weight
-        if self.training and isinstance(dropout, nn.Dropout):
-            return torch.cat([ops.skinny_product(dropout(x), rows), ops.skinny_product(x, probe)], dim=-1)
-        return ops.skinny_product(x, torch.cat([rows.to(probe.dtype), probe]))
+        return x, _LowRankPath(linear, z, bias, reads_output)
 
     def _rotation_reads_output(self, x: Tensor) -> bool:
         """Whether a rotation takes its `h Q` from the finished product, or as `x (Q^T W0)^T` from the input.
@@ -392,6 +422,20 @@ def _adapter_dtype(base: torch.dtype) -> torch.dtype:
 
 def _row_norm_squared(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=1, dtype=_adapter_dtype(weight.dtype)).square()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What the base layer multiplies in: autocast's dtype, or that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _product(x: Tensor, rows: Tensor, dropout: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x` to go on with, and `dropout(x) rows^T` in `dtype`."""
+    if x.dtype != dtype or type(dropout) not in (nn.Dropout, nn.Identity):
+        return x, ops.skinny_product(dropout(x.to(dtype)), rows)
+    drops = isinstance(dropout, nn.Dropout) and dropout.training
+    return ops.low_rank_input(x, rows, dropout.p if drops else 0.0)
 
 
 def _times(c: Tensor | None, t: Tensor) -> Tensor:

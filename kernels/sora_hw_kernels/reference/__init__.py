@@ -13,6 +13,7 @@ from sora_hw_kernels.reference import row_norm, scale_rank
 _IMPLEMENTATIONS = {
     "sora_hw::scale_rank_update": scale_rank.forward,
     "sora_hw::scale_rank_update_backward": scale_rank.backward,
+    "sora_hw::input_gradient": scale_rank.input_gradient,
     "sora_hw::factored_row_norm": row_norm.factored_row_norm,
 }
 

@@ -1,4 +1,4 @@
-"""`y = scale * base + z b^T + bias` and its gradients.
+"""`y = scale * base + z b^T + bias` and its gradients, and the same update of the gradient of a layer's input.
 
 What costs here is traffic over (N, out), not arithmetic: R is small. Everything elementwise walks over blocks of rows
 that stay in the cache, in the accumulation dtype (float32, or float64 for float64), and is rounded once. The skinny
@@ -71,6 +71,17 @@ def backward(
     sums = sums[0] if saved_base else (sums[0] - (b.to(dtype) * db).sum(1)) / scale
     dscale.copy_(sums)
     return dbase, dz, db, dscale, dbias
+
+
+def input_gradient(grad: Tensor, dz: Tensor, a: Tensor, mask: Tensor | None, mask_scale: float) -> Tensor:
+    """`grad + mask * mask_scale * (dz a)`, (N, in), of grad (N, in), dz (N, R), a (R, in), mask (N, in) or None."""
+    if mask is None:
+        return torch.addmm(grad, dz, a)
+    total = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    for rows, (product,) in _row_blocks(grad, grad.dtype, buffers=1):
+        torch.mm(dz[rows], a, out=product)
+        torch.add(grad[rows], product.mul_(mask[rows]), alpha=mask_scale, out=total[rows])
+    return total
 
 
 def _row_blocks(t: Tensor, dtype: torch.dtype, buffers: int) -> Iterator[tuple[slice, list[Tensor]]]:
