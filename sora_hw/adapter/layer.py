@@ -14,14 +14,11 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from sora_hw import ops
+from sora_hw.adapter import small_scales
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, conditioned_weight, linear_map
 
 PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_C", "post_E", "magnitude")
-
-# The gradient of `c` is read off the output, an error that grows as 1 / |c|: in bfloat16 4e-3 at 0.1, 4e-2 at 0.01.
-# Below this bound the base product is kept for the backward pass instead.
-_SMALLEST_SCALE_FROM_OUTPUT = 0.1
 
 _NO_DROPOUT = nn.Identity()
 
@@ -41,12 +38,14 @@ class _LowRankPath(NamedTuple):
         z: what it has read from the input, `[s x~ A^T, h Q]`, or without `h Q` where that is to be read off the output.
         bias: what the update must add, or None.
         reads_output: whether `h Q` is still to be read.
+        keeps_base: whether the backward pass needs the base product itself.
     """
 
     linear: LinearMap
     z: Tensor
     bias: Tensor | None
     reads_output: bool
+    keeps_base: bool
 
     def output(self, base: Tensor) -> Tensor:
         """The layer's output under this adapter from `base`, the base layer's output with its bias."""
@@ -55,7 +54,7 @@ class _LowRankPath(NamedTuple):
         with torch.autocast(base.device.type, enabled=False):
             if self.reads_output:
                 z = torch.cat([z, ops.skinny_product(base, q.t())], dim=-1)
-            return ops.scale_rank_update(base, c, z, b, self.bias, keep_base=_keeps_base(c))
+            return ops.scale_rank_update(base, c, z, b, self.bias, keep_base=self.keeps_base)
 
 
 class ConditionedLinear(nn.Module, BaseTunerLayer):
@@ -92,6 +91,8 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._original: _Original | None = None
         self._norm_squared: tuple[object, Tensor] | None = None
+        self._has_small_scale: dict[str, bool] = {}
+        self._seen_values: dict[str, object] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -119,6 +120,9 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
             getattr(self, f"conditioned_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=dtype))
         self.reset_adapter(adapter_name, config.init_weights)
         self._move_adapter_to_base_device(adapter_name)
+        self._has_small_scale[adapter_name] = False
+        if config.conditioning.scales:
+            small_scales.watch(self)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_adapter(self, adapter_name: str, identity: bool = True) -> None:
@@ -211,7 +215,7 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
                     x, turned = _product(x, probe, _NO_DROPOUT, dtype)
                     z = torch.cat([dropped, turned], dim=-1)
             bias = self._missing_bias(adapter_name, linear, reads_output)
-        return x, _LowRankPath(linear, z, bias, reads_output)
+        return x, _LowRankPath(linear, z, bias, reads_output, self._keeps_base(adapter_name, linear.c))
 
     def _rotation_reads_output(self, x: Tensor) -> bool:
         """Whether a rotation takes its `h Q` from the finished product, or as `x (Q^T W0)^T` from the input.
@@ -223,6 +227,35 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         """
         generates = not self.training and not torch.is_grad_enabled()
         return not self._weight_is_readable() or (generates and x.numel() < self.in_features**2)
+
+    def _keeps_base(self, adapter_name: str, c: Tensor | None) -> bool:
+        """Whether the backward pass must keep the base product to give `c` its gradient; see `small_scales`."""
+        if c is None or not (torch.is_grad_enabled() and c.requires_grad) or c.is_meta:
+            return False
+        # Between optimiser steps: values loaded, written by hand, or gathered anew from other ranks.
+        if not torch.compiler.is_compiling() and self._seen_values.get(adapter_name) != self._values(adapter_name):
+            self.note_scale(adapter_name, c)
+        return self._has_small_scale[adapter_name]
+
+    def _values(self, adapter_name: str) -> object:
+        """Changes with the values of an adapter, unless they are written through `.data`."""
+        return [(p.data_ptr(), p._version) for p in self.adapter_parameters(adapter_name).values()]
+
+    def trained_scales(self) -> Iterator[tuple[str, Tensor]]:
+        """See `small_scales.ScaledLayer`."""
+        for name in self.conditioned_A:
+            parameters = self.adapter_parameters(name).values()
+            here = all(_is_whole(p) for p in parameters) and not self.conditioned_A[name].is_meta
+            reads_weight = self.conditioning[name].post == "magnitude"
+            trained = any(p.requires_grad for p in parameters) and self.conditioning[name].scales
+            if trained and here and (self._weight_is_readable() or not reads_weight):
+                with torch.no_grad():
+                    yield name, self._linear_map(name).c
+
+    def note_scale(self, adapter_name: str, scale: Tensor) -> None:
+        """See `small_scales.ScaledLayer`."""
+        self._seen_values[adapter_name] = self._values(adapter_name)
+        self._has_small_scale[adapter_name] = bool(scale.detach().abs().min() < small_scales.SMALLEST_SCALE_FROM_OUTPUT)
 
     def _missing_bias(self, adapter_name: str, linear: LinearMap, reads_output: bool) -> Tensor | None:
         """What the update must add so that the result has the bias it should, (out,), or None.
@@ -278,8 +311,7 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
     def _weight_is_readable(self) -> bool:
         """Whether the whole weight lies there as a plain floating tensor: neither quantised nor sharded."""
         weight = self.get_base_layer().weight
-        plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-        return plain and not hasattr(weight, "ds_id")  # the mark of a parameter sharded by ZeRO-3
+        return weight.is_floating_point() and _is_whole(weight)
 
     @contextmanager
     def _base_weight(self) -> Iterator[Tensor]:
@@ -292,8 +324,11 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
 
     def _base_norm_squared(self, weight: Tensor) -> Tensor:
         """`||W0||^2` of every row, (out,), computed once and kept until the weight changes."""
+        kept = self._norm_squared
+        if torch.compiler.is_compiling():  # where neither address nor version can be read
+            return _row_norm_squared(weight) if kept is None or kept[1].device != weight.device else kept[1]
         key = (weight.data_ptr(), weight._version) if self._weight_is_readable() else weight.device
-        if self._norm_squared is None or self._norm_squared[0] != key:
+        if kept is None or kept[0] != key:
             self._norm_squared = (key, _row_norm_squared(weight))
         return self._norm_squared[1]
 
@@ -424,6 +459,11 @@ def _row_norm_squared(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=1, dtype=_adapter_dtype(weight.dtype)).square()
 
 
+def _is_whole(t: Tensor) -> bool:
+    """Whether a parameter lies there whole and as a plain tensor: neither quantised nor sharded."""
+    return type(t) in (Tensor, nn.Parameter) and not hasattr(t, "ds_id")  # the mark of ZeRO-3
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """What the base layer multiplies in: autocast's dtype, or that of `x`."""
     device = x.device.type
@@ -440,10 +480,3 @@ def _product(x: Tensor, rows: Tensor, dropout: nn.Module, dtype: torch.dtype) ->
 
 def _times(c: Tensor | None, t: Tensor) -> Tensor:
     return t if c is None else c * t
-
-
-def _keeps_base(c: Tensor | None) -> bool:
-    """Whether the backward pass must keep the base product to give `c` its gradient."""
-    if c is None or not (torch.is_grad_enabled() and c.requires_grad) or c.is_meta:
-        return False
-    return bool(c.detach().abs().min() < _SMALLEST_SCALE_FROM_OUTPUT)
