@@ -72,6 +72,44 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda *a, k=keep_base: ops.scale_rank_update(*a, keep_base=k), args)
     x, a = torch.randn(2, 3, 5).double().requires_grad_(), torch.randn(4, 5).double().requires_grad_()
     assert torch.autograd.gradcheck(ops.skinny_product, (x, a))
+    assert torch.autograd.gradcheck(lambda x, a: _used_twice(*ops.low_rank_input(x, a)), (x, a))
+
+
+def _used_twice(x, z):
+    return torch.sin(x), z.square()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_low_rank_input_against_dropout_and_a_product_in_float64(dtype, dropout):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 200, 60, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    a = torch.randn(7, 60, generator=g, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
+    a.requires_grad_()
+    torch.manual_seed(1)
+    through, z = ops.low_rank_input(x, a, dropout)
+    torch.manual_seed(1)
+    mask = torch.nn.functional.dropout(torch.ones_like(x), dropout).detach().bool().double() / max(1e-9, 1 - dropout)
+    x64, a64 = x.detach().double().requires_grad_(), a.detach().to(dtype).double().requires_grad_()
+    z64 = (x64 * mask) @ a64.T
+    assert torch.equal(through, x) and z.dtype == dtype
+    close(z, z64.detach(), dtype, factor=2 if dropout else 1)  # the dropped input is rounded as well
+    dx, dz = (torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype) for t in (through, z))
+    actual = torch.autograd.grad((through, z), (x, a), (dx, dz))
+    wanted = torch.autograd.grad((x64 * 1.0, z64), (x64, a64), (dx.double(), dz.double()))
+    close(actual[0], wanted[0], dtype, factor=2)
+    close(actual[1], wanted[1], dtype, factor=2)
+
+
+def test_the_low_rank_input_where_one_side_has_no_gradient():
+    x, a = torch.randn(5, 6), torch.randn(2, 6).requires_grad_()
+    _, z = ops.low_rank_input(x, a)
+    assert torch.allclose(torch.autograd.grad(z.sum(), a)[0], x.sum(0).expand(2, 6))
+    x.requires_grad_()
+    through, z = ops.low_rank_input(x, a)
+    assert torch.equal(torch.autograd.grad(through.sum(), x)[0], torch.ones_like(x))
+    through, z = ops.low_rank_input(x, a)
+    assert torch.allclose(torch.autograd.grad(z.sum(), x)[0], a.detach().sum(0).expand(5, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,6 +129,9 @@ def test_opcheck_of_the_product_and_the_norm(dtype):
     x, a = torch.randn(2, 7, 16, dtype=dtype), torch.randn(3, 16, dtype=dtype)
     torch.library.opcheck(torch.ops.sora_hw.skinny_product, (x.requires_grad_(), a.requires_grad_()))
     wide = torch.promote_types(dtype, torch.float32)
+    grad, dz = torch.randn(7, 16, dtype=dtype), torch.randn(7, 3, dtype=dtype)
+    for mask in (None, torch.rand(7, 16) > 0.5):
+        torch.library.opcheck(torch.ops.sora_hw.input_gradient, (grad, dz, a.detach(), mask, 2.0))
     weight, b = torch.randn(9, 16, dtype=dtype), torch.randn(9, 3, dtype=wide)
     norm_squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
     for c in (None, torch.rand(9, dtype=wide)):

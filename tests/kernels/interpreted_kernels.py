@@ -48,13 +48,17 @@ def test_forward(dtype, shape, scale, bias, strided):
     close(y, base * (1 if c is None else c) + z @ b.T + (0 if bias_ is None else bias_), dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_forward_reads_a_transposed_factor_in_its_own_dtype(dtype):
-    """As the gradient of the input does: `dx += dz A`."""
-    base, _, z, b, _ = inputs(dtype, 70, 300, 18, False, False, False)
-    a = b.t().contiguous().to(dtype)
-    y = scale_rank.forward(base, None, z, a.t(), None, False)
-    close(y, base.double() + z.double() @ a.double(), dtype)
+def test_input_gradient(dtype, masked, shape):
+    n, inputs_, r = shape
+    grad, _, dz, a, _ = inputs(dtype, n, inputs_, r, False, False, strided=True)
+    a = a.t().contiguous().to(dtype)
+    mask = torch.rand(n, inputs_) > 0.25 if masked else None
+    dx = scale_rank.input_gradient(grad, dz, a, mask, 4 / 3)
+    update = dz.double() @ a.double()
+    close(dx, grad.double() + (update * mask * (4 / 3) if masked else update), dtype)
 
 
 @pytest.mark.parametrize("strided", [False, True])

@@ -21,7 +21,7 @@ SHARED_BYTES = 99 * 1024
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 FLAGS = {
-    scale_rank.forward_kernel: ("HAS_SCALE", "HAS_BIAS"),
+    scale_rank.forward_kernel: ("HAS_SCALE", "HAS_BIAS", "HAS_MASK"),
     scale_rank.backward_kernel: ("HAS_RANK", "HAS_SCALE", "NEED_BASE", "SUBTRACT_BIAS", "SUM_GRAD"),
     row_norm.row_norm_kernel: ("HAS_SCALE",),
 }
@@ -53,6 +53,10 @@ def compiled(kernel, dtype, tiles, constants, arch):
             return "constexpr"
         if name in ROWS:
             return f"*{NAMES[dtype]}"
+        if name == "mask":
+            return "*i1"
+        if name == "mask_scale":
+            return "fp32"
         sizes = name.isupper() or "stride" in name
         return "i32" if sizes else "*fp32"
 
@@ -99,7 +103,9 @@ def test_fits_and_spills_nothing(kernel, dtype, tiles, constants, fixed, everyth
 def test_a_spill_would_be_seen(tmp_path):
     """The forward kernel on a tile far too large for its threads."""
     tiles = scale_rank.Tiles(rows=128, features=256, rank=32, warps=4)
-    constants = tile_constants(tiles, "TILE_N", "TILE_O", "TILE_R") | dict.fromkeys(("HAS_SCALE", "HAS_BIAS"), True)
+    constants = tile_constants(tiles, "TILE_N", "TILE_O", "TILE_R") | dict.fromkeys(
+        FLAGS[scale_rank.forward_kernel], True
+    )
     constants["PRECISION"] = "tf32"
     binary = compiled(scale_rank.forward_kernel, torch.bfloat16, tiles, constants, 89)
     assert resources(binary, tmp_path)[1] > 0

@@ -28,7 +28,9 @@ def forward_kernel(
     z,
     b,
     bias,
+    mask,
     y,
+    mask_scale,
     N,
     OUT,
     R,
@@ -39,21 +41,21 @@ def forward_kernel(
     b_stride_r,
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_O: tl.constexpr,
     TILE_R: tl.constexpr,
 ):
-    """One (TILE_N, TILE_O) tile of `y`, accumulated in float32 and rounded once."""
+    """One (TILE_N, TILE_O) tile of `y = scale * base + mask * mask_scale * (z b^T) + bias`, rounded once."""
     tiles_o = tl.cdiv(OUT, TILE_O)
     n = (tl.program_id(0) // tiles_o) * TILE_N + tl.arange(0, TILE_N)
     o = (tl.program_id(0) % tiles_o) * TILE_O + tl.arange(0, TILE_O)
     n_wide = n.to(tl.int64)
     inside = (n < N)[:, None] & (o < OUT)[None, :]
 
-    total = tl.load(base + n_wide[:, None] * base_stride + o[None, :], mask=inside, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        total *= tl.load(scale + o, mask=o < OUT, other=0.0)[None, :]
+    base_tile = tl.load(base + n_wide[:, None] * base_stride + o[None, :], mask=inside, other=0.0)
+    total = tl.zeros((TILE_N, TILE_O), dtype=tl.float32)
     for first in range(0, R, TILE_R):
         r = first + tl.arange(0, TILE_R)
         z_at = z + n_wide[:, None] * z_stride_n + r[None, :].to(tl.int64) * z_stride_r
@@ -61,6 +63,13 @@ def forward_kernel(
         z_tile = tl.load(z_at, mask=(n < N)[:, None] & (r < R)[None, :], other=0.0).to(tl.float32)
         b_tile = tl.load(b_at, mask=(r < R)[:, None] & (o < OUT)[None, :], other=0.0).to(tl.float32)
         total = tl.dot(z_tile, b_tile, total, input_precision=PRECISION)
+    if HAS_MASK:
+        kept = tl.load(mask + n_wide[:, None] * OUT + o[None, :], mask=inside, other=0)
+        total = tl.where(kept != 0, total * mask_scale, 0.0)
+    if HAS_SCALE:
+        total += base_tile.to(tl.float32) * tl.load(scale + o, mask=o < OUT, other=0.0)[None, :]
+    else:
+        total += base_tile.to(tl.float32)
     if HAS_BIAS:
         total += tl.load(bias + o, mask=o < OUT, other=0.0)[None, :]
     tl.store(y + n_wide[:, None] * OUT + o[None, :], total.to(y.dtype.element_ty), mask=inside)
@@ -182,7 +191,27 @@ def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tens
     """(N, out); see `sora_hw.ops.scale_rank_update`. `keep_base` concerns autograd only."""
     if not taken(base, scale, bias):
         return reference.forward(base, scale, z, b, bias, keep_base)
+    return _update(base, z, b, scale=scale, bias=bias)
+
+
+def input_gradient(grad: Tensor, dz: Tensor, a: Tensor, mask: Tensor | None, mask_scale: float) -> Tensor:
+    """(N, in); see `sora_hw_kernels.reference.scale_rank.input_gradient`. The same update, on the other side."""
+    if not taken(grad):
+        return reference.input_gradient(grad, dz, a, mask, mask_scale)
+    return _update(grad, dz, a.t(), mask=mask, mask_scale=mask_scale)
+
+
+def _update(
+    base: Tensor,
+    z: Tensor,
+    b: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
+) -> Tensor:
     base, scale, bias = (None if t is None else with_unit_columns(t) for t in (base, scale, bias))
+    mask = None if mask is None else mask.contiguous()
     y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     (rows, features), rank = base.shape, z.shape[1]
     if y.numel() == 0:
@@ -196,7 +225,9 @@ def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tens
             z,
             b,
             bias,
+            mask,
             y,
+            mask_scale,
             rows,
             features,
             rank,
@@ -205,6 +236,7 @@ def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tens
             *b.stride(),
             HAS_SCALE=scale is not None,
             HAS_BIAS=bias is not None,
+            HAS_MASK=mask is not None,
             PRECISION=precision(base.dtype),
             TILE_N=tiles.rows,
             TILE_O=tiles.features,
