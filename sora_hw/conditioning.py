@@ -16,6 +16,7 @@ map itself needs a kernel (`sora_hw.ops`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -146,7 +147,7 @@ def linear_map(
             if reads:
                 a = torch.cat([a, pull_back(reads[0]).T.to(dtype)])
             norm = row_norm(c, b, a).to(dtype)
-        m = p["magnitude"] / norm
+        m = p["magnitude"] / norm.masked_fill(norm == 0, math.inf)  # a row of zeros has no direction: it stays zero
         c, b = _scaled(c, m), m[:, None] * b
 
     return LinearMap(c, b, torch.cat(reads, dim=1) if reads else None)

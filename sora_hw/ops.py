@@ -13,11 +13,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 ENTRY_POINT_GROUP = "sora_hw.kernels"
+
+# What `scale_rank_update` keeps for the gradient of `scale`:
+# - "output", which the next operator mostly keeps anyway. The gradient is read off it and divided by `scale`.
+# - "inputs", for an output that will be written into: it is computed again, so the gradient is the same to the bit.
+# - "base", the base product, for a `scale` that comes near zero: nothing is divided.
+Keep = Literal["output", "inputs", "base"]
 
 torch.library.define("sora_hw::skinny_product", "(Tensor x, Tensor a) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define(
@@ -27,7 +34,7 @@ torch.library.define(
 )
 torch.library.define(
     "sora_hw::scale_rank_update",
-    "(Tensor base, Tensor? scale, Tensor z, Tensor b, Tensor? bias, bool keep_base) -> Tensor",
+    "(Tensor base, Tensor? scale, Tensor z, Tensor b, Tensor? bias, str keep) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -71,7 +78,7 @@ def low_rank_input(x: Tensor, a: Tensor, dropout: float = 0.0) -> tuple[Tensor, 
 
 
 def scale_rank_update(
-    base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None = None, *, keep_base: bool = False
+    base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None = None, *, keep: Keep = "output"
 ) -> Tensor:
     """`y = scale * base + z b^T + bias`, accumulated in float32 (float64 for float64), returned in `base.dtype`.
 
@@ -81,15 +88,13 @@ def scale_rank_update(
         z: (..., R), of the dtype of `base`.
         b: `B'`, (out, R), any floating dtype.
         bias: (out,), float32 or wider; None for zero.
-        keep_base: what the backward pass keeps for the gradient of `scale`: the output, which the next operator
-            usually keeps anyway (False), or `base` itself (True). The former divides by `scale`: keep the base where
-            `scale` comes near zero.
+        keep: what the backward pass reads the gradient of `scale` from, see `Keep`.
 
     Returns:
         (..., out).
     """
     shape = base.shape
-    y = torch.ops.sora_hw.scale_rank_update(base.flatten(0, -2), scale, z.flatten(0, -2), b, bias, keep_base)
+    y = torch.ops.sora_hw.scale_rank_update(base.flatten(0, -2), scale, z.flatten(0, -2), b, bias, keep)
     return y.view(shape)
 
 
@@ -129,7 +134,7 @@ def _(grad, dz, a, mask, mask_scale):
 
 
 @torch.library.register_fake("sora_hw::scale_rank_update")
-def _(base, scale, z, b, bias, keep_base):
+def _(base, scale, z, b, bias, keep):
     return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
@@ -200,9 +205,8 @@ class _LowRankInput(torch.autograd.Function):
 
 
 def _setup_context(ctx, inputs, output):
-    base, scale, z, b, bias, keep_base = inputs
-    ctx.keep_base = keep_base
-    kept = base if keep_base else output
+    base, scale, z, b, bias, ctx.keep = inputs
+    kept = output if ctx.keep == "output" else base
     saved = z if scale is None else kept  # only the gradient of `scale` needs one of the two
     ctx.save_for_backward(saved, scale, z, b, bias)
 
@@ -210,8 +214,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     saved, scale, z, b, bias = ctx.saved_tensors
     need_base = ctx.needs_input_grad[0]
+    if ctx.keep == "inputs" and scale is not None:
+        saved = torch.ops.sora_hw.scale_rank_update(saved, scale, z, b, bias, ctx.keep)
     dbase, dz, db, dscale, dbias = torch.ops.sora_hw.scale_rank_update_backward(
-        grad, saved, scale, z, b, bias, ctx.keep_base, need_base
+        grad, saved, scale, z, b, bias, ctx.keep == "base", need_base
     )
     if scale is None:
         dbase, dscale = grad, None

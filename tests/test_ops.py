@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from sora_hw import ops
 
 # dtype -> bound on the error relative to the largest entry; half a unit in the last place plus float32 sums
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+KEEP = get_args(ops.Keep)
 
 
 def inputs(dtype=torch.float64, n=70, out=33, r=5, scale=True, bias=True, seed=0, layout="contiguous"):
@@ -48,12 +51,12 @@ def close(actual, reference, dtype, factor=1):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
-@pytest.mark.parametrize("keep_base", [False, True])
+@pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize(("scale", "bias"), list(itertools.product([True, False], repeat=2)))
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_values_and_gradients_against_float64(dtype, scale, bias, keep_base, layout):
+def test_values_and_gradients_against_float64(dtype, scale, bias, keep, layout):
     args = inputs(dtype, scale=scale, bias=bias, layout=layout, n=600, out=300)  # several blocks of rows
-    y = ops.scale_rank_update(*args, keep_base=keep_base)
+    y = ops.scale_rank_update(*args, keep=keep)
     reference, leaves = expected(*args)
     assert y.dtype == dtype
     close(y, reference.detach(), dtype)
@@ -63,13 +66,13 @@ def test_values_and_gradients_against_float64(dtype, scale, bias, keep_base, lay
     for leaf, (actual, wanted) in zip(given, gradients, strict=True):
         # Read off the rounded output, the gradient of `scale` carries the rounding of an output some three times as
         # large as the base product it stands for.
-        close(actual, wanted, dtype, factor=3 if leaf is args[1] and not keep_base else 1)
+        close(actual, wanted, dtype, factor=3 if leaf is args[1] and keep != "base" else 1)
 
 
 def test_gradcheck():
-    for keep_base in (False, True):
+    for keep in KEEP:
         args = inputs(n=4, out=6, r=2)
-        assert torch.autograd.gradcheck(lambda *a, k=keep_base: ops.scale_rank_update(*a, keep_base=k), args)
+        assert torch.autograd.gradcheck(lambda *a, k=keep: ops.scale_rank_update(*a, keep=k), args)
     x, a = torch.randn(2, 3, 5).double().requires_grad_(), torch.randn(4, 5).double().requires_grad_()
     assert torch.autograd.gradcheck(ops.skinny_product, (x, a))
     assert torch.autograd.gradcheck(lambda x, a: _used_twice(*ops.low_rank_input(x, a)), (x, a))
@@ -116,8 +119,8 @@ def test_the_low_rank_input_where_one_side_has_no_gradient():
 @pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, False)])
 def test_opcheck(dtype, scale, bias):
     base, c, z, b, bias_ = inputs(dtype, scale=scale, bias=bias)
-    for keep_base in (False, True):
-        torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (base, c, z, b, bias_, keep_base))
+    for keep in KEEP:
+        torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (base, c, z, b, bias_, keep))
     detached = [None if t is None else t.detach() for t in (c, z, b, bias_)]
     for saved_base, need_base in itertools.product([True, False], repeat=2):
         args = (base.detach(), base.detach(), *detached, saved_base, need_base)
@@ -166,15 +169,30 @@ def test_only_the_gradients_asked_for_are_computed():
 
 
 def test_keeping_the_base_is_exact_where_reading_it_off_the_output_is_not():
-    """The reason for `keep_base`: an entry of `scale` at zero leaves nothing of the base product in the output."""
+    """The reason for `keep`: an entry of `scale` at zero leaves nothing of the base product in the output."""
     base, scale, z, b, bias = inputs()
     with torch.no_grad():
         scale[3] = 0
     dy = torch.ones_like(base)
-    (kept,) = torch.autograd.grad(ops.scale_rank_update(base, scale, z, b, bias, keep_base=True), scale, dy)
+    (kept,) = torch.autograd.grad(ops.scale_rank_update(base, scale, z, b, bias, keep="base"), scale, dy)
     assert torch.allclose(kept, base.detach().sum(0))
     (read,) = torch.autograd.grad(ops.scale_rank_update(base, scale, z, b, bias), scale, dy)
     assert not torch.isfinite(read[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_that_is_written_into(dtype):
+    """Kept itself, autograd refuses; computed again, the gradients are those of the kept one to the bit."""
+    args = list(inputs(dtype, n=600, out=300))
+    dy = torch.randn(600, 300).to(dtype)
+    wanted = torch.autograd.grad(ops.scale_rank_update(*args), args, dy)
+    y = ops.scale_rank_update(*args, keep="inputs")
+    y += 1
+    assert all(torch.equal(a, w) for a, w in zip(torch.autograd.grad(y, args, dy), wanted, strict=True))
+    y = ops.scale_rank_update(*args)
+    y += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, args, dy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

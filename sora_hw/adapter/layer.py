@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,8 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from sora_hw import ops
-from sora_hw.adapter import small_scales
 from sora_hw.adapter.config import ConditionedConfig
+from sora_hw.adapter.keeping import Keeping, look_after_steps
 from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, conditioned_weight, linear_map
 
 PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_C", "post_E", "magnitude")
@@ -38,14 +38,14 @@ class _LowRankPath(NamedTuple):
         z: what it has read from the input, `[s x~ A^T, h Q]`, or without `h Q` where that is to be read off the output.
         bias: what the update must add, or None.
         reads_output: whether `h Q` is still to be read.
-        keeps_base: whether the backward pass needs the base product itself.
+        keep: what the backward pass keeps of it.
     """
 
     linear: LinearMap
     z: Tensor
     bias: Tensor | None
     reads_output: bool
-    keeps_base: bool
+    keep: ops.Keep
 
     def output(self, base: Tensor) -> Tensor:
         """The layer's output under this adapter from `base`, the base layer's output with its bias."""
@@ -54,7 +54,7 @@ class _LowRankPath(NamedTuple):
         with torch.autocast(base.device.type, enabled=False):
             if self.reads_output:
                 z = torch.cat([z, ops.skinny_product(base, q.t())], dim=-1)
-            return ops.scale_rank_update(base, c, z, b, self.bias, keep_base=self.keeps_base)
+            return ops.scale_rank_update(base, c, z, b, self.bias, keep=self.keep)
 
 
 class ConditionedLinear(nn.Module, BaseTunerLayer):
@@ -91,11 +91,14 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._original: _Original | None = None
         self._norm_squared: tuple[object, Tensor] | None = None
-        self._has_small_scale: dict[str, bool] = {}
-        self._seen_values: dict[str, object] = {}
+        self.keeping = Keeping()
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        look_after_steps(self)  # a copy is a layer of its own
 
     # --- adapters ---
 
@@ -120,9 +123,9 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
             getattr(self, f"conditioned_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=dtype))
         self.reset_adapter(adapter_name, config.init_weights)
         self._move_adapter_to_base_device(adapter_name)
-        self._has_small_scale[adapter_name] = False
+        self.keeping.add(adapter_name)
         if config.conditioning.scales:
-            small_scales.watch(self)
+            look_after_steps(self)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_adapter(self, adapter_name: str, identity: bool = True) -> None:
@@ -177,6 +180,8 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """`x` (..., in) -> (..., out). Several active adapters add their differences from the base layer."""
+        if x.dim() == 1:
+            return self(x[None], *args, **kwargs)[0]
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -189,6 +194,7 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         base = self.base_layer(x, *args, **kwargs)
         outputs = [path.output(base) for path in paths]
         if len(outputs) == 1:
+            self.keeping.watch_output(outputs[0])
             return outputs[0]
         result = base
         for output in outputs:
@@ -215,7 +221,9 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
                     x, turned = _product(x, probe, _NO_DROPOUT, dtype)
                     z = torch.cat([dropped, turned], dim=-1)
             bias = self._missing_bias(adapter_name, linear, reads_output)
-        return x, _LowRankPath(linear, z, bias, reads_output, self._keeps_base(adapter_name, linear.c))
+        parameters = list(self.adapter_parameters(adapter_name).values())
+        keep = self.keeping.keep(adapter_name, linear.c, parameters)
+        return x, _LowRankPath(linear, z, bias, reads_output, keep)
 
     def _rotation_reads_output(self, x: Tensor) -> bool:
         """Whether a rotation takes its `h Q` from the finished product, or as `x (Q^T W0)^T` from the input.
@@ -228,34 +236,16 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         generates = not self.training and not torch.is_grad_enabled()
         return not self._weight_is_readable() or (generates and x.numel() < self.in_features**2)
 
-    def _keeps_base(self, adapter_name: str, c: Tensor | None) -> bool:
-        """Whether the backward pass must keep the base product to give `c` its gradient; see `small_scales`."""
-        if c is None or not (torch.is_grad_enabled() and c.requires_grad) or c.is_meta:
-            return False
-        # Between optimiser steps: values loaded, written by hand, or gathered anew from other ranks.
-        if not torch.compiler.is_compiling() and self._seen_values.get(adapter_name) != self._values(adapter_name):
-            self.note_scale(adapter_name, c)
-        return self._has_small_scale[adapter_name]
-
-    def _values(self, adapter_name: str) -> object:
-        """Changes with the values of an adapter, unless they are written through `.data`."""
-        return [(p.data_ptr(), p._version) for p in self.adapter_parameters(adapter_name).values()]
-
-    def trained_scales(self) -> Iterator[tuple[str, Tensor]]:
-        """See `small_scales.ScaledLayer`."""
+    def trained_scales(self) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+        """See `sora_hw.adapter.keeping.ScaledLayer`."""
         for name in self.conditioned_A:
-            parameters = self.adapter_parameters(name).values()
-            here = all(_is_whole(p) for p in parameters) and not self.conditioned_A[name].is_meta
-            reads_weight = self.conditioning[name].post == "magnitude"
+            parameters = list(self.adapter_parameters(name).values())
             trained = any(p.requires_grad for p in parameters) and self.conditioning[name].scales
+            here = all(_is_whole(p) and not p.is_meta for p in parameters)
+            reads_weight = self.conditioning[name].post == "magnitude"
             if trained and here and (self._weight_is_readable() or not reads_weight):
                 with torch.no_grad():
-                    yield name, self._linear_map(name).c
-
-    def note_scale(self, adapter_name: str, scale: Tensor) -> None:
-        """See `small_scales.ScaledLayer`."""
-        self._seen_values[adapter_name] = self._values(adapter_name)
-        self._has_small_scale[adapter_name] = bool(scale.detach().abs().min() < small_scales.SMALLEST_SCALE_FROM_OUTPUT)
+                    yield name, self._linear_map(name).c, parameters
 
     def _missing_bias(self, adapter_name: str, linear: LinearMap, reads_output: bool) -> Tensor | None:
         """What the update must add so that the result has the bias it should, (out,), or None.
@@ -319,15 +309,24 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight
         if not weight.is_floating_point():
             raise ValueError("a magnitude needs the norm of the base weight, which a quantised layer does not give")
-        with gather_params_ctx([weight], modifier_rank=None):
+        # Inside a forward pass DeepSpeed has gathered it at this very access, and frees it itself.
+        gathered = not hasattr(weight, "ds_id") or weight.numel() == weight.ds_numel
+        with nullcontext() if gathered else gather_params_ctx([weight], modifier_rank=None):
             yield self._stored_weight().detach()
 
     def _base_norm_squared(self, weight: Tensor) -> Tensor:
-        """`||W0||^2` of every row, (out,), computed once and kept until the weight changes."""
+        """`||W0||^2` of every row, (out,), computed once and kept until the weight changes.
+
+        A change is noticed unless it is written into the frozen weight through `.data`.
+        """
+        stored = self.get_base_layer().weight
         kept = self._norm_squared
         if torch.compiler.is_compiling():  # where neither address nor version can be read
             return _row_norm_squared(weight) if kept is None or kept[1].device != weight.device else kept[1]
-        key = (weight.data_ptr(), weight._version) if self._weight_is_readable() else weight.device
+        if stored.requires_grad or stored.is_inference():
+            return _row_norm_squared(weight)
+        held = getattr(stored, "ds_tensor", stored)  # under ZeRO-3 this rank's part, the only thing that lasts
+        key = (held.data_ptr(), held._version, weight.device)
         if kept is None or kept[0] != key:
             self._norm_squared = (key, _row_norm_squared(weight))
         return self._norm_squared[1]

@@ -182,3 +182,26 @@ def test_start_values_of_a_and_c():
     assert 0.97 * 0.05 < p["post_C"].abs().max() <= 0.05
     for name in ("B", "post_E", "pre_delta"):
         assert not p[name].any()
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_one_row_without_a_batch(method):
+    model, layer, config = adapted(*PRESETS[method])
+    x = rows()
+    assert model(x).shape == (OUT,)
+    assert_same(layer, config, x, model(x), x)
+
+
+@pytest.mark.parametrize("pre", PRE)
+def test_a_row_of_zeros_has_no_direction_and_stays_zero(pre):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(IN, OUT, bias=False)).double()
+    with torch.no_grad():
+        base[0].weight[3] = 0
+    config = sora_hw.ConditionedConfig(pre=pre, post="magnitude", r=3, dropout=0.0, target_modules=["0"])
+    model = get_peft_model(base, config)
+    x = rows(6)
+    y = model(x)
+    assert (y - base[0].get_base_layer()(x)).abs().max() < 1e-14
+    y.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)

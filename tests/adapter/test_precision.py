@@ -126,3 +126,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, reentrant):
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
     for name, wanted in gradients[0].items():
         assert torch.allclose(gradients[1][name], wanted, atol=1e-7), name
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_made_and_used_in_inference_mode(method):
+    x = torch.randn(5, 32)
+    with torch.inference_mode():
+        y = adapted(method).eval()(x)
+    assert torch.allclose(adapted(method)(x), y, atol=1e-5)

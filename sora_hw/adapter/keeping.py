@@ -1,0 +1,114 @@
+"""What a layer keeps for the gradient of `c` (`sora_hw.ops.Keep`): its output where that serves.
+
+It does not serve
+
+- where an entry of `c` is small: the gradient is read off the output with an error that grows as 1 / |c|, in bfloat16
+  4e-3 at 0.1, 4e-2 at 0.01;
+- where the model goes on to write into the output, as `ReLU(inplace=True)` and `output += residual` do.
+
+Neither is seen for nothing. Looking at values waits for the device, so it must happen neither in every forward pass nor
+inside a compiled graph; and whether the output is written into shows only after the forward pass. So both are decided
+after every optimiser step, by a hook that looks at all layers at once, and the first step does without the output. A
+decision must not change between a forward pass and its recomputation under gradient checkpointing: the one says what
+the other keeps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sora_hw.ops import Keep
+
+SMALLEST_SCALE_FROM_OUTPUT = 0.1
+
+
+class Keeping:
+    """The decisions of one layer. In a compiled graph nothing is written in place, so the output stays as it is."""
+
+    def __init__(self):
+        self.has_small_scale: dict[str, bool] = {}
+        self._seen: dict[str, list[tuple[int, int]]] = {}
+        self._output_is_overwritten: bool | None = None  # unknown before the first training step
+        self._saw_overwriting = False
+        self._witness: tuple[Tensor, int] | None = None
+
+    def add(self, adapter_name: str) -> None:
+        """A new adapter, which starts as the identity or with values that will be looked at."""
+        self.has_small_scale[adapter_name] = False
+        self._seen.pop(adapter_name, None)
+
+    def look(self, adapter_name: str, c: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Look at the values of `c`, which come from these parameters."""
+        self._seen[adapter_name] = _state(parameters)
+        self.has_small_scale[adapter_name] = bool(c.detach().abs().min() < SMALLEST_SCALE_FROM_OUTPUT)
+
+    def keep(self, adapter_name: str, c: Tensor | None, parameters: Sequence[Tensor]) -> Keep:
+        """What this forward pass keeps."""
+        if c is None or not (torch.is_grad_enabled() and c.requires_grad) or c.is_meta:
+            return "output"
+        compiling = torch.compiler.is_compiling()
+        # Between optimiser steps: values that were loaded, set by hand, or gathered anew from other ranks.
+        if not compiling and self._seen.get(adapter_name) != _state(parameters):
+            self.look(adapter_name, c, parameters)
+        if self.has_small_scale[adapter_name]:
+            return "base"
+        return "output" if compiling or self._output_is_overwritten is False else "inputs"
+
+    def watch_output(self, output: Tensor) -> None:
+        """See, in the first step, whether the model writes into the layer's output. Holds none of its memory."""
+        if self._output_is_overwritten is None and output.requires_grad and not torch.compiler.is_compiling():
+            self._look_at_witness()
+            witness = output.detach()  # shares the count of the output's changes
+            self._witness = witness, witness._version
+            witness.data = output.new_empty(0)
+
+    def learn(self) -> None:
+        """Take what the watched outputs of the first step have shown, now that it is over."""
+        if self._output_is_overwritten is None and self._witness is not None:
+            self._look_at_witness()
+            self._output_is_overwritten, self._witness = self._saw_overwriting, None
+
+    def _look_at_witness(self) -> None:
+        if self._witness is not None:
+            witness, version = self._witness
+            self._saw_overwriting |= witness._version != version
+
+
+class ScaledLayer(Protocol):
+    """A layer that the hook on the optimisers' steps looks at."""
+
+    keeping: Keeping
+
+    def trained_scales(self) -> Iterator[tuple[str, Tensor, Sequence[Tensor]]]:
+        """Name, `c` (out,) and parameters of each adapter that is being trained and lies on this rank as a whole."""
+
+
+_layers: weakref.WeakSet[ScaledLayer] = weakref.WeakSet()
+_hooks: list = []
+
+
+def look_after_steps(layer: ScaledLayer) -> None:
+    """Look at this layer's scales after every optimiser step from now on."""
+    _layers.add(layer)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_post_hook(_look))
+
+
+def _look(*_) -> None:
+    # All are computed before the first is waited for.
+    scales = [(layer.keeping, scale) for layer in _layers for scale in layer.trained_scales()]
+    for keeping, scale in scales:
+        keeping.look(*scale)
+    for layer in _layers:
+        layer.keeping.learn()
+
+
+def _state(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Changes with the parameters' values, unless they are written through `.data`."""
+    return [(p.data_ptr(), p._version) for p in parameters]

@@ -1,0 +1,121 @@
+"""What is kept for the gradient of `c`: models that write into a layer's output, scales that become small, memory."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import sora_hw
+from sora_hw.adapter.keeping import SMALLEST_SCALE_FROM_OUTPUT
+from sora_hw.conditioning import PRESETS
+
+
+class Model(nn.Module):
+    """Two layers whose outputs are written into, or the same in new tensors."""
+
+    def __init__(self, in_place: bool, checkpointed: bool | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(24, 40), nn.Linear(40, 24)
+        self.in_place, self.reentrant = in_place, checkpointed
+
+    def block(self, x):
+        y = self.down(nn.functional.relu(self.up(x), inplace=self.in_place))
+        if not self.in_place:
+            return y + x
+        y += x
+        return y
+
+    def forward(self, x):
+        return self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+
+
+def adapted(method, in_place=False, checkpointed=None, dtype=torch.float32):
+    model = Model(in_place, checkpointed).to(dtype)
+    config = {"r": 4, "dropout": 0.0, "init_weights": False, "target_modules": ["up", "down"]}
+    torch.manual_seed(1)
+    return get_peft_model(model, sora_hw.ConditionedConfig(method=method, **config))
+
+
+def steps(model, count=3, accumulation=2):
+    """Every gradient of every step, and the parameters at the end."""
+    torch.manual_seed(2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(trained, lr=1e-4)
+    seen = []
+    for _ in range(count):
+        for _ in range(accumulation):
+            model(torch.randn(50, 24).requires_grad_()).square().sum().backward()
+        seen += [p.grad.clone() for p in trained]
+        optimiser.step()
+        optimiser.zero_grad()
+    return seen + [p.detach() for p in trained]
+
+
+@pytest.mark.parametrize("checkpointed", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_model_may_write_into_the_output(method, checkpointed):
+    """The same gradients, to the bit, as in a model that does not; in the first step and when it has been learned."""
+    wanted = steps(adapted(method, checkpointed=checkpointed))
+    actual = steps(adapted(method, in_place=True, checkpointed=checkpointed))
+    assert all(torch.equal(a, w) for a, w in zip(actual, wanted, strict=True))
+
+
+def kept(layer, x):
+    """What the layer's forward pass saves that is as large as its output: "output", "other" or nothing."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    large = {t.data_ptr() for t in saved if t.shape == y.shape}
+    return {"output" if pointer == y.data_ptr() else "other" for pointer in large}
+
+
+@pytest.mark.parametrize(
+    ("method", "in_place", "expected"),
+    [("sora", False, {"output"}), ("dora", False, {"output"}), ("sora", True, {"other"}), ("lora", True, set())],
+)
+def test_what_is_kept_once_it_has_been_learned(method, in_place, expected):
+    model = adapted(method, in_place)
+    layer = model.base_model.model.up
+    assert kept(layer, torch.randn(50, 24)) == (set() if method == "lora" else {"other"})
+    steps(model, 1)
+    assert kept(layer, torch.randn(50, 24)) == expected
+    assert kept(copy.deepcopy(layer), torch.randn(50, 24)) == expected
+
+
+def test_a_step_that_makes_a_scale_small_is_noticed():
+    model = adapted("prediag")
+    steps(model, 1)
+    layer = model.base_model.model.up
+    delta = layer.conditioned_pre_delta["default"]
+    with torch.no_grad():
+        delta[3] = -1.0
+    assert kept(layer, torch.randn(50, 24)) == {"other"}  # set by hand: noticed at once
+    with torch.no_grad():
+        delta[3] = 0.0
+    assert kept(layer, torch.randn(50, 24)) == {"output"}
+    delta.grad = torch.zeros_like(delta)
+    delta.grad[3] = 1.0 - SMALLEST_SCALE_FROM_OUTPUT / 2
+    torch.optim.SGD([delta], lr=1.0).step()
+    assert layer.keeping.has_small_scale["default"]
+    assert kept(layer, torch.randn(50, 24)) == {"other"}
+
+
+def test_a_copy_learns_for_itself():
+    original = adapted("sora")
+    model = copy.deepcopy(original)
+    steps(model, 1)
+    assert kept(model.base_model.model.up, torch.randn(50, 24)) == {"output"}
+    assert kept(original.base_model.model.up, torch.randn(50, 24)) == {"other"}
+
+
+def test_watching_holds_no_memory():
+    layer = adapted("sora").base_model.model.up
+    y = layer(torch.randn(50, 24))
+    witness, _ = layer.keeping._witness
+    assert witness.untyped_storage().nbytes() == 0
+    y.data.add_(1)
+    assert y.shape == (50, 40)
