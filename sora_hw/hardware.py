@@ -130,9 +130,10 @@ def batch_plan(global_batch: int, world_size: int, micro_batch: int) -> BatchPla
         UserError: a number is not positive, or the global batch is no multiple of world size x micro-batch; the
             message proposes the nearest values that are legal.
     """
-    for what, value in (("global batch", global_batch), ("world size", world_size), ("micro-batch", micro_batch)):
+    numbers = (("--global-batch", global_batch), ("the number of ranks", world_size), ("--micro-batch", micro_batch))
+    for what, value in numbers:
         if value <= 0:
-            raise UserError(f"the {what} must be positive, not {value}")
+            raise UserError(f"{what} {value}: must be at least 1")
     together = world_size * micro_batch
     if global_batch % together:
         raise UserError(

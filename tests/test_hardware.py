@@ -88,10 +88,10 @@ def test_an_impossible_split_proposes_the_nearest(numbers, proposal):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "what"), [((0, 1, 1), "global batch"), ((8, -1, 1), "world size"), ((8, 1, 0), "mic")]
+    ("numbers", "what"), [((0, 1, 1), "--global-batch 0"), ((8, -1, 1), "ranks -1"), ((8, 1, 0), "--micro-batch 0")]
 )
 def test_numbers_must_be_positive(numbers, what):
-    with pytest.raises(UserError, match=f"the {what}.* must be positive"):
+    with pytest.raises(UserError, match=f"{what}: must be at least 1"):
         batch_plan(*numbers)
 
 

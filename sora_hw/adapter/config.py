@@ -46,8 +46,8 @@ class ConditionedConfig(PeftConfig):
         modules_to_save: further modules to train and save whole, such as a classification head.
 
     Raises:
-        ValueError: for unknown names, ranks below 1, a dropout outside [0, 1), or a `method` that contradicts
-            `pre` and `post`.
+        ValueError: for unknown names, ranks below 1, numbers that are not finite, a dropout outside [0, 1), or a
+            `method` that contradicts `pre` and `post`.
     """
 
     method: str | None = field(default=None, metadata={"help": "Preset: " + ", ".join(PRESETS) + "."})
@@ -126,6 +126,10 @@ class ConditionedConfig(PeftConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+        for name in ("alpha", "dropout", "rotation_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} must be a finite number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
         if not self.rotation_eps > 0:

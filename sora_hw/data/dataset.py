@@ -22,7 +22,7 @@ class Samples(Dataset):
     """Tokenised records. Sample i is {"input_ids": list[int], "labels": list[int]} of equal, unpadded length.
 
     `truncated` counts the records that were longer than the maximum length; `left_out` those among them of which
-    nothing to be learned remained.
+    nothing to be learned remained; `shortest` is the length of the shortest record in tokens, uncut.
     """
 
     input_ids: list[list[int]]
@@ -30,6 +30,7 @@ class Samples(Dataset):
     ids: list[str]
     truncated: int
     left_out: int
+    shortest: int
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -45,8 +46,6 @@ def tokenise(
 
     `learn` says which tokens have labels: "text" all of them (LLM-Adapters, and so the paper), "answer" those of the
     output and the end-of-text alone.
-
-    Raises DataError when every record is longer than `max_length`: nothing would be learned whole.
     """
     texts = [training_text(record) for record in records]
     encoded = tokenizer(texts, return_offsets_mapping=learn == "answer", return_attention_mask=False)
@@ -56,19 +55,14 @@ def tokenise(
         starts = [len(prompt(record, for_training=True)) for record in records]
         labels = list(map(_answer_only, input_ids, encoded["offset_mapping"], starts))
     lengths = list(map(len, input_ids))
-    truncated = sum(length > max_length for length in lengths)
-    if truncated == len(records):
-        raise DataError(
-            f"every record is longer than the maximum length of {max_length} tokens (the shortest has {min(lengths)}); "
-            "raise --max-length"
-        )
     kept = [index for index, targets in enumerate(labels) if _teaches(targets[:max_length])]
     return Samples(
         input_ids=[input_ids[index][:max_length] for index in kept],
         labels=[labels[index][:max_length] for index in kept],
         ids=[records[index].id for index in kept],
-        truncated=truncated,
+        truncated=sum(length > max_length for length in lengths),
         left_out=len(records) - len(kept),
+        shortest=min(lengths),
     )
 
 

@@ -47,9 +47,9 @@ def _read_file(path: Path) -> list[Record]:
             records = [_record(item, path, place, number) for number, place, item in objects(file, path)]
     except FileNotFoundError:
         raise DataError(f"{path}: no such data file") from None
-    except (EOFError, zlib.error):
-        raise DataError(f"{path}: the gzip file is truncated or damaged; fetch it again") from None
-    except gzip.BadGzipFile:
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        if _starts_as_gzip(path):
+            raise DataError(f"{path}: the gzip file is truncated or damaged; fetch it again") from None
         raise DataError(f"{path}: not a gzip file although its name ends in .gz") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -62,6 +62,11 @@ def _open(path: Path) -> BinaryIO:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
+def _starts_as_gzip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, object]]:
     for number, line in enumerate(file, start=1):
         if line.strip():
@@ -72,7 +77,7 @@ def _list_items(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, object]]
     content = file.read()
     if not content.strip():
         return
-    items = _parse(_decode(content, path, 1), path, 1)
+    items = _parse(_decode(content, path, 1), path, 1, "; name a file of one record per line .jsonl")
     if not isinstance(items, list):
         raise DataError(f"{path}: a .json file must hold one list of records; name a file of one per line .jsonl")
     for number, item in enumerate(items, start=1):
@@ -87,12 +92,13 @@ def _decode(content: bytes, path: Path, first_line: int) -> str:
         raise DataError(f"{path}: line {line}: not UTF-8 text; convert the file to UTF-8") from None
 
 
-def _parse(text: str, path: Path, first_line: int) -> object:
+def _parse(text: str, path: Path, first_line: int, if_more_follows: str = "") -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise DataError(f"{path}: line {line}: not JSON ({error.msg}, column {error.colno})") from None
+        hint = if_more_follows if error.msg == "Extra data" else ""
+        raise DataError(f"{path}: line {line}: not JSON ({error.msg}, column {error.colno}){hint}") from None
     except (RecursionError, ValueError):  # nesting or a number beyond what Python parses
         raise DataError(
             f"{path}: line {first_line}: JSON that is nested too deeply or holds too long a number"

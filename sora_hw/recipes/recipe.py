@@ -47,7 +47,7 @@ class Recipe:
     beta2: float = value(OPTIMISATION, "AdamW's decay of the mean squared gradient", least=0, below=1)
     weight_decay: float = value(OPTIMISATION, "AdamW's weight decay", least=0)
     max_grad_norm: float = value(OPTIMISATION, "gradients are clipped to this norm; 0 for no clipping", least=0)
-    seed: int = value(OPTIMISATION, "decides initialisation, dropout, split and order of samples", least=0)
+    seed: int = value(OPTIMISATION, "decides initialisation, dropout, split and order of samples", least=0, below=2**32)
 
     log_steps: int = value(RUN, "steps between logged losses", least=1)
     save_steps: int = value(RUN, "steps between checkpoints", least=1)

@@ -78,7 +78,7 @@ def _parser(module: ModuleType) -> argparse.ArgumentParser:
     groups[DATA].add_argument(
         "--train-data",
         nargs="+",
-        type=Path,
+        type=_path,
         default=[],
         metavar="FILE",
         help="json, jsonl, json.gz or jsonl.gz files of records; without them the embedded questions are learned",
@@ -89,9 +89,13 @@ def _parser(module: ModuleType) -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _add_run_flags(group) -> None:
     group.add_argument("-h", "--help", action="help", help="show this and stop")
-    group.add_argument("--output", type=Path, metavar="FOLDER", help="folder of the run [runs/RECIPE-METHOD-NUMBER]")
+    group.add_argument("--output", type=_path, metavar="FOLDER", help="folder of the run [runs/RECIPE-METHOD-NUMBER]")
     group.add_argument(
         "--resume",
         nargs="?",
@@ -100,7 +104,11 @@ def _add_run_flags(group) -> None:
         help=f"continue from this checkpoint folder, or with `{NEWEST}` from the newest in the output folder",
     )
     group.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
-    group.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check model, data and output, print the plan, write nothing; of a model on the hub only the plan",
+    )
     group.add_argument("--json", action="store_true", help="print the plan of a --dry-run as JSON")
 
 

@@ -2,10 +2,13 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -47,6 +50,8 @@ def find(name: str) -> BaseModel:
             raise UserError(f"--model {name}: no such folder")
     else:
         return BaseModel(name, name, _config(name, name))
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"--model {name}: the folder holds an adapter, not a model; name the model it belongs to")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"--model {name}: the folder holds no weights (*.safetensors)")
     return BaseModel(name, str(folder), _config(name, str(folder)))
@@ -70,17 +75,21 @@ def _first_sentence(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-def check_targets(base: BaseModel, recipe: Recipe) -> int:
-    """Check that the recipe's adapter fits the model's layers; the number of elements of its largest tensor.
+def check_model(base: BaseModel, recipe: Recipe) -> int:
+    """Check the model's weights and that the recipe's adapter fits its layers.
 
-    The model is built without memory on torch's meta device. Raises UserError when a target names no layer or a rank
-    is larger than a layer.
+    The model is built without memory on torch's meta device. Raises UserError when a file of weights is damaged or
+    belongs to another model, a target names no layer, or a rank is larger than a layer.
+
+    Returns:
+        The number of elements of the adapter's largest tensor.
     """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(base.config, trust_remote_code=False)
     except ValueError as error:
         raise UserError(f"--model {base.name}: not a causal language model ({_first_sentence(error)})") from None
+    _check_weights(base, {name: tuple(each.shape) for name, each in model.state_dict().items()})
     layers = {name: _shape(module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     largest = 0
     for target in recipe.target_modules:
@@ -93,6 +102,45 @@ def check_targets(base: BaseModel, recipe: Recipe) -> int:
             _check_rank("--rotation-rank", recipe.rotation_rank, name, shape)
             largest = max(largest, max(shape) * max(recipe.rank, recipe.rotation_rank))
     return largest
+
+
+def _check_weights(base: BaseModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The safetensors files of a local model: each is whole, and its tensors have the shapes of the configuration."""
+    for file in sorted(Path(base.source).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"--model {base.name}: {file.name} is damaged ({_first_sentence(error)}); fetch it again"
+            ) from None
+        packed = getattr(base.config, "quantization_config", None) is not None
+        for name in () if packed else found.keys() & shapes.keys():
+            if found[name] != shapes[name]:
+                raise UserError(
+                    f"--model {base.name}: {name} in {file.name} is {_times(found[name])}, but by config.json it is "
+                    f"{_times(shapes[name])}: they belong to different models"
+                )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def check_tokens(base: BaseModel, largest_token: int, longest: int) -> None:
+    """Raises UserError when the model has no embedding for a token of the data, or too few positions for a sample."""
+    vocabulary = getattr(base.config, "vocab_size", None)
+    if vocabulary is not None and largest_token >= vocabulary:
+        raise UserError(
+            f"--model {base.name}: its tokenizer gives token {largest_token}, but the model knows {vocabulary}: "
+            "they belong to different models"
+        )
+    positions = getattr(base.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"a sample of {longest} tokens is longer than the {positions} positions of {base.name}: "
+            f"give --max-length {positions}"
+        )
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -120,6 +168,12 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
 
 
 def load_model(base: BaseModel, dtype: str) -> PreTrainedModel:
-    """The model with its weights; sharded while it is loaded where ZeRO-3 has been configured before."""
+    """The model with its weights; sharded while it is loaded where ZeRO-3 has been configured before.
+
+    Raises UserError when its files cannot be loaded.
+    """
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    return AutoModelForCausalLM.from_pretrained(base.source, dtype=getattr(torch, dtype), trust_remote_code=False)
+    try:
+        return AutoModelForCausalLM.from_pretrained(base.source, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except (OSError, SafetensorError, UnpicklingError) as error:
+        raise UserError(f"--model {base.name}: its weights cannot be loaded ({_first_sentence(error)})") from None

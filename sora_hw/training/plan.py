@@ -1,7 +1,6 @@
 """What a run is going to do, resolved from the request before anything is created."""
 
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ from sora_hw.hardware import BatchPlan, Profile, batch_plan, choose, fitting_mic
 from sora_hw.recipes.recipe import Recipe
 from sora_hw.training.arguments import Request
 from sora_hw.training.base_model import EMBEDDED
+from sora_hw.training.environment import number_of_ranks
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def make_plan(request: Request, module: ModuleType) -> Plan:
     """
     device, profile = _hardware(request)
     recipe = _recipe(request, module, profile)
-    world_size = int(os.environ.get("WORLD_SIZE", (request.dry_run and profile.ranks) or 1))
+    world_size = number_of_ranks() or (request.dry_run and profile.ranks) or 1
     micro_batch = request.profile.get("micro_batch")
     if micro_batch is None:  # the profile's is what fits into memory; a smaller one always does
         micro_batch = fitting_micro_batch(recipe.global_batch, world_size, profile.micro_batch) or profile.micro_batch

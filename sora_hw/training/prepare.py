@@ -7,7 +7,10 @@ from transformers import PreTrainedTokenizerBase
 from sora_hw.data.dataset import Samples, checksum, sample_order, split, tokenise
 from sora_hw.data.embedded import train_records
 from sora_hw.data.records import read_records
+from sora_hw.errors import DataError
 from sora_hw.training.plan import Plan
+
+MOST_SAMPLES = 50_000_000  # their order is held in memory
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,28 @@ class Prepared:
         lengths = [len(self.training.input_ids[index]) for index in self.order]
         return [sum(lengths[start : start + global_batch]) for start in range(0, len(lengths), global_batch)]
 
+    @property
+    def _parts(self) -> list[Samples]:
+        return [self.training, self.validation] if self.validation else [self.training]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(len(tokens) for part in self._parts for tokens in part.input_ids)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id."""
+        return max(max(tokens) for part in self._parts for tokens in part.input_ids)
+
     def as_dict(self) -> dict[str, object]:
         """What run.json says of the data."""
-        parts = [part for part in (self.training, self.validation) if part]
         return {
             "checksum": self.checksum,
             "training_samples": len(self.training),
             "validation_samples": len(self.validation) if self.validation else 0,
-            "truncated": sum(part.truncated for part in parts),
-            "left_out": sum(part.left_out for part in parts),
+            "truncated": sum(part.truncated for part in self._parts),
+            "left_out": sum(part.left_out for part in self._parts),
             "steps": self.steps,
         }
 
@@ -47,6 +63,28 @@ def prepare(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     validation = (
         tokenise(validation_records, tokenizer, recipe.max_length, recipe.learn) if validation_records else None
     )
+    _check_lengths([part for part in (training, validation) if part is not None], len(records), recipe.max_length)
     steps = plan.steps(len(training))
+    if steps * recipe.global_batch > MOST_SAMPLES:
+        raise DataError(
+            f"{steps} steps of {recipe.global_batch} samples are more than the {MOST_SAMPLES:,} that one run may take; "
+            "lower --max-steps or --epochs"
+        )
     order = sample_order(len(training), steps * recipe.global_batch, recipe.seed)
     return Prepared(training, validation, steps, order, checksum(records))
+
+
+def _check_lengths(parts: list[Samples], records: int, max_length: int) -> None:
+    """Something must be learned whole, and every part must hold something."""
+    if sum(part.truncated for part in parts) == records:
+        shortest = min(part.shortest for part in parts)
+        raise DataError(
+            f"every record is longer than the maximum length of {max_length} tokens (the shortest has {shortest}); "
+            "raise --max-length"
+        )
+    for part, what in zip(parts, ("training", "validation"), strict=False):
+        if not len(part):
+            raise DataError(
+                f"nothing to learn remains of the {part.left_out} {what} records at a maximum length of {max_length} "
+                "tokens; raise --max-length"
+            )

@@ -10,12 +10,9 @@ import transformers
 
 from sora_hw.devices.cpu import CPU
 from sora_hw.devices.device import apply_environment
+from sora_hw.errors import UserError
+from sora_hw.training.environment import whole_number
 from sora_hw.training.plan import Plan
-
-
-def rank() -> int:
-    """This process's number, 0 where no launcher has numbered it."""
-    return int(os.environ.get("RANK", 0))
 
 
 def start(plan: Plan) -> dict[str, str]:
@@ -37,15 +34,17 @@ def start(plan: Plan) -> dict[str, str]:
 def _set_environment(plan: Plan) -> dict[str, str]:
     changed = {}
     if "RANK" not in os.environ:
+        if plan.batch.world_size > 1:
+            raise UserError("WORLD_SIZE is set but RANK is not: start by deepspeed or torchrun, or unset WORLD_SIZE")
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         changed |= apply_environment(alone | {"MASTER_PORT": str(_free_port())}, os.environ)
     os.environ["DS_ACCELERATOR"] = changed["DS_ACCELERATOR"] = plan.device.deepspeed_accelerator
     changed |= apply_environment(plan.device.environment, os.environ)
     changed |= apply_environment(plan.profile.environment, os.environ)
     if plan.device.type == CPU.type:  # ranks that each took every core would slow one another down
-        share = max(1, _cores() // int(os.environ.get("LOCAL_SIZE", plan.batch.world_size)))
+        share = max(1, _cores() // (whole_number("LOCAL_SIZE", least=1) or plan.batch.world_size))
         changed |= apply_environment({"OMP_NUM_THREADS": str(share)}, os.environ)
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.set_num_threads(whole_number("OMP_NUM_THREADS", least=1))
     return changed
 
 

@@ -1,5 +1,6 @@
 """One fine-tuning run, from the command line to the saved adapter, in the order in which it happens."""
 
+import math
 import re
 import sys
 import time
@@ -14,13 +15,23 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from sora_hw.data.records import read_records
 from sora_hw.errors import UserError
 from sora_hw.training.arguments import Request, parse
-from sora_hw.training.base_model import EMBEDDED, BaseModel, check_targets, find, is_local, load_model, load_tokenizer
+from sora_hw.training.base_model import (
+    EMBEDDED,
+    BaseModel,
+    check_model,
+    check_tokens,
+    find,
+    is_local,
+    load_model,
+    load_tokenizer,
+)
 from sora_hw.training.callbacks import Clock, EngineCheck, LastLoss, ProgressBar
 from sora_hw.training.deepspeed_config import deepspeed_config
 from sora_hw.training.demo import score_demo
+from sora_hw.training.environment import rank
 from sora_hw.training.plan import Plan, make_plan
 from sora_hw.training.prepare import Prepared, prepare
-from sora_hw.training.ranks import rank, silence, start
+from sora_hw.training.ranks import silence, start
 from sora_hw.training.report import draw_losses, facts, now, print_plan, print_results, what_runs
 from sora_hw.training.run_folder import CURVE, RunFolder, fingerprint, open_folder
 from sora_hw.training.saving import save_adapter, trainable_rate
@@ -68,7 +79,7 @@ def run(module: ModuleType, argv: Sequence[str] | None) -> None:
     request = parse(module, argv)
     check_versions()
     plan = make_plan(request, module)
-    console = Console(quiet=rank() > 0, highlight=False, soft_wrap=True)
+    console = Console(quiet=rank() > 0, highlight=False, soft_wrap=True, markup=False, emoji=False)
     if request.dry_run and not is_local(plan.recipe.model):  # a dry run downloads nothing
         read = {"records": len(read_records(plan.train_data)), "deepspeed": deepspeed_config(plan, None)}
         print_plan(plan.as_dict() | read, console, request.as_json)
@@ -89,9 +100,10 @@ def check(request: Request, plan: Plan, module: ModuleType) -> Job:
             f"--model {base.name} learns from --train-data FILE...: give the records of {module.DATA}, "
             f"or --model {EMBEDDED} for the embedded model and its questions"
         )
-    largest_tensor = check_targets(base, plan.recipe)
+    largest_tensor = check_model(base, plan.recipe)
     tokenizer = load_tokenizer(base)
     data = prepare(plan, tokenizer)
+    check_tokens(base, data.largest_token, data.longest)
     wanted = fingerprint(plan, data.steps, data.checksum)
     folder = open_folder(request, plan, wanted)
     return Job(request, plan, base, tokenizer, data, deepspeed_config(plan, largest_tensor), folder, wanted)
@@ -119,6 +131,9 @@ def train(job: Job, console: Console) -> None:
     """Train on all ranks, and leave adapter, curve and run.json in the job's folder."""
     environment = start(job.plan)
     main_rank = dist.get_rank() == 0
+    global_batch = job.plan.recipe.global_batch
+    clock = Clock(job.data.tokens_of_steps(global_batch), len(job.data.training), global_batch)
+    trainer = make_trainer(job, clock, console)
     manifest = {**facts(job.plan.device), **job.as_dict(), "argv": list(job.request.argv), "environment": environment}
     manifest |= {"fingerprint": job.fingerprint, "resumed_from": str(job.folder.checkpoint or "") or None}
     if main_rank:
@@ -126,10 +141,14 @@ def train(job: Job, console: Console) -> None:
         job.folder.write_manifest({**manifest, "status": "started"})
     dist.barrier()
 
-    global_batch = job.plan.recipe.global_batch
-    clock = Clock(job.data.tokens_of_steps(global_batch), len(job.data.training), global_batch)
-    trainer = make_trainer(job, clock, console)
     trainer.train(resume_from_checkpoint=str(job.folder.checkpoint) if job.folder.checkpoint else None)
+    if not math.isfinite(final_loss(trainer)):
+        if main_rank:
+            job.folder.write_manifest({**manifest, "status": "diverged", "finished": now()})
+        raise UserError(
+            f"the loss of step {trainer.state.global_step} is {final_loss(trainer)}: the run has diverged, and no "
+            "adapter was saved; try a smaller --learning-rate, or more --warmup-steps"
+        )
     results = finish(job, trainer, clock)
     if main_rank:
         job.folder.write_manifest({**manifest, "status": "finished", "finished": now(), "results": results})
@@ -152,6 +171,8 @@ def make_trainer(job: Job, clock: Clock, console: Console) -> Trainer:
 def finish(job: Job, trainer: Trainer, clock: Clock) -> dict[str, object]:
     """Save adapter, state and curve, score what the run was asked to score; the results for run.json."""
     validation_loss = final_validation_loss(trainer) if job.data.validation else None
+    if validation_loss is not None and not math.isfinite(validation_loss):
+        validation_loss = None  # JSON has no name for it
     save_adapter(trainer.model, job.folder.adapter, job.plan.profile.zero_stage)
     trainer.save_state()
     history = trainer.state.log_history
@@ -162,7 +183,7 @@ def finish(job: Job, trainer: Trainer, clock: Clock) -> dict[str, object]:
         demo = asdict(score_demo(job.base, job.tokenizer, job.folder.adapter, trainer.args.device))
     return {
         "steps": trainer.state.global_step,
-        "final_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
+        "final_loss": final_loss(trainer),
         "validation_loss": validation_loss,
         "seconds": clock.elapsed,
         "tokens_per_second": clock.tokens_per_second,
@@ -171,6 +192,11 @@ def finish(job: Job, trainer: Trainer, clock: Clock) -> dict[str, object]:
         "adapter": str(job.folder.adapter),
         "embedded_questions": demo,
     }
+
+
+def final_loss(trainer: Trainer) -> float:
+    """The training loss that was logged last."""
+    return next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
 
 
 def final_validation_loss(trainer: Trainer) -> float:

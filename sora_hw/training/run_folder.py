@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import count
@@ -30,15 +31,18 @@ class RunFolder:
 
     def create(self, overwrite: bool) -> None:
         """Make the folder; with `overwrite`, delete the run that it holds, and nothing else that lies in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {self.path}: the folder cannot be made ({error.strerror})") from None
         if overwrite:
             for entry in _traces(self.path):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     def write_manifest(self, manifest: Mapping[str, object]) -> None:
         """Write run.json whole or not at all."""
         aside = self.path / f"{MANIFEST}.part"
-        aside.write_text(json.dumps(manifest, indent=2) + "\n")
+        aside.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
         os.replace(aside, self.path / MANIFEST)
 
 
@@ -62,18 +66,29 @@ def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> R
     """
     path = request.output or _default(request, plan)
     _check_writable(path)
+    traces = _traces(path)
     if request.resume in (None, NEWEST):
-        if _traces(path) and not request.overwrite and not request.resume:
+        if traces and not request.overwrite and not request.resume:
             raise UserError(
                 f"--output {path} already holds a run; continue it with --resume, delete it with --overwrite"
             )
+        if traces and request.overwrite and not (path / MANIFEST).exists():
+            raise UserError(
+                f"--output {path} holds {traces[0].name} but no {MANIFEST}: it is no run of this launcher, so it is "
+                "not overwritten; name another folder"
+            )
         checkpoint = newest_checkpoint(path) if request.resume else None
-        if request.resume and (path / MANIFEST).exists():
+        if request.resume and traces:
             _check_same(path, wanted)
     else:
-        checkpoint = Path(request.resume)
-        if not (checkpoint / STATE).is_file():
-            raise UserError(f"--resume {checkpoint}: no checkpoint (a folder with {STATE}) is there")
+        checkpoint = Path(request.resume).expanduser()
+        if (checkpoint / MANIFEST).exists():
+            raise UserError(
+                f"--resume {checkpoint} is a run's folder: name one of its checkpoints, or give --output {checkpoint} "
+                "--resume for the newest"
+            )
+        if reason := _incomplete(checkpoint):
+            raise UserError(f"--resume {checkpoint}: no checkpoint to go on from ({reason})")
         _check_same(checkpoint.absolute().parent, wanted)
         if path.resolve() != checkpoint.resolve().parent and _traces(path):
             raise UserError(f"--output {path} already holds another run than --resume {checkpoint}; name a new folder")
@@ -83,7 +98,7 @@ def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> R
 def _default(request: Request, plan: Plan) -> Path:
     """The checkpoint's folder, or the next free runs/RECIPE-METHOD-NUMBER (the last one, to resume or overwrite it)."""
     if request.resume not in (None, NEWEST):
-        return Path(request.resume).absolute().parent
+        return Path(request.resume).expanduser().absolute().parent
     numbered = (RUNS / f"{plan.recipe.name}-{plan.recipe.method}-{number}" for number in count(1))
     last = None
     for folder in numbered:
@@ -94,8 +109,24 @@ def _default(request: Request, plan: Plan) -> Path:
 
 
 def newest_checkpoint(path: Path) -> Path | None:
-    """The complete checkpoint of the highest step: the Trainer writes its state last."""
-    return next((folder for folder in reversed(_checkpoints(path)) if (folder / STATE).is_file()), None)
+    """The complete checkpoint of the highest step."""
+    return next((folder for folder in reversed(_checkpoints(path)) if not _incomplete(folder)), None)
+
+
+def _incomplete(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks, in a few words, or None. The Trainer writes its state last."""
+    if not (checkpoint / STATE).is_file():
+        return f"{STATE} is missing"
+    try:
+        json.loads((checkpoint / STATE).read_text())
+    except ValueError:
+        return f"{STATE} is damaged"
+    latest = checkpoint / "latest"  # DeepSpeed's pointer to the folder with its files
+    engine = checkpoint / latest.read_text().strip() if latest.is_file() else latest
+    if not engine.is_dir():
+        return "DeepSpeed's files are missing"
+    damaged = [file.name for file in engine.rglob("*.pt") if not zipfile.is_zipfile(file)]
+    return f"{damaged[0]} is damaged" if damaged else None
 
 
 def _checkpoints(path: Path) -> list[Path]:
@@ -112,8 +143,11 @@ def _traces(path: Path) -> list[Path]:
 
 def _check_writable(path: Path) -> None:
     existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}") from None
     if not existing.is_dir():
         raise UserError(f"--output {path}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -47,6 +47,10 @@ def test_a_pair_without_a_name_has_none():
         ({"rotation_scale": "free"}, "rotation_scale='free' is unknown"),
         ({"rotation_eps": 0.0}, "rotation_eps=0.0 must be above 0"),
         ({"dropout": 1.0}, "dropout=1.0 must be"),
+        ({"dropout": None}, "dropout=None must be a finite number"),
+        ({"alpha": float("nan")}, "alpha=nan must be a finite number"),
+        ({"alpha": "16"}, "alpha='16' must be a finite number"),
+        ({"rotation_eps": float("inf")}, "rotation_eps=inf must be a finite number"),
         ({"bias": "some"}, "bias='some' is unknown"),
     ],
 )

@@ -70,10 +70,10 @@ def test_a_record_whose_answer_was_cut_off_has_nothing_to_teach():
     assert "long" not in samples.ids and len(samples) == 20
 
 
-def test_only_records_that_are_too_long_is_an_error():
-    shortest = min(len(training_text(record)) for record in RECORDS) + 2
-    with pytest.raises(DataError, match=f"maximum length of 50 tokens .the shortest has {shortest}.; raise --max-leng"):
-        tokenise(RECORDS, byte_tokenizer(), max_length=50)
+def test_the_shortest_record_is_measured_before_it_is_cut():
+    samples = tokenise(RECORDS, byte_tokenizer(), max_length=50)
+    assert samples.truncated == len(RECORDS)
+    assert samples.shortest == min(len(training_text(record)) for record in RECORDS) + 2
 
 
 def test_the_split_is_a_partition_fixed_by_the_seed():

@@ -96,9 +96,17 @@ def test_damaged_gzip_files_are_named(tmp_path):
     for name, content, message in (
         ("cut.jsonl.gz", whole[:-20], "truncated or damaged"),
         ("flipped.jsonl.gz", whole[:12] + b"\xff\xff\xff" + whole[15:], "truncated or damaged"),
+        ("checksum.jsonl.gz", whole[:-8] + b"\0\0\0\0" + whole[-4:], "truncated or damaged"),
+        ("followed.jsonl.gz", whole + b"more", "truncated or damaged"),
         ("plain.jsonl.gz", GOOD_LINE.encode(), "not a gzip file"),
     ):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
             read_records([path])
+
+
+def test_lines_under_the_name_of_a_list_are_told_their_name(tmp_path):
+    (tmp_path / "lines.json").write_text(GOOD_LINE * 2)
+    with pytest.raises(DataError, match=r"not JSON \(Extra data, .*name a file of one record per line \.jsonl"):
+        read_records([tmp_path / "lines.json"])

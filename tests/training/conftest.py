@@ -76,7 +76,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def launch():
-    """`launch(ranks, *arguments, cwd=None)`, see `_launch`."""
+    """`launch(ranks, *arguments, cwd=None, **variables)`, see `_launch`."""
     return _launch
 
 
@@ -86,14 +86,14 @@ def train():
     return _train
 
 
-def _launch(ranks: int, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def _launch(ranks: int, *arguments: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
     """Run the launcher on the CPU: 0 ranks for plain python, otherwise by DeepSpeed's launcher on a port of its own."""
     command = [sys.executable, str(LAUNCHER)]
     if ranks:
         port = str(20000 + os.getpid() % 20000)
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
         command += ["--master_port", port, str(LAUNCHER)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
         [*command, "--backend", "cpu", *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd

@@ -1,10 +1,15 @@
 """Every mistake of the user's: one line on stderr that names the fix, exit code 2, and nothing created."""
 
+import json
 import re
 import shutil
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from sora_hw.data.dataset import split
+from sora_hw.data.records import Record
 from sora_hw.devices import DEVICES
 from sora_hw.recipes import commonsense
 from sora_hw.training.arguments import parse
@@ -52,6 +57,9 @@ WRONG_VALUES = {
     "--rank -4": "--rank -4: must be at least 1",
     "--rank 97": r"--rank 97 is larger than the layer model\.layers\.0\..* of 64 x 64",
     "--rank many": "invalid int value: 'many'",
+    "--seed 4294967296": "--seed 4294967296: must be below 4294967296",
+    "--micro-batch 0": "--micro-batch 0: must be at least 1",
+    "--max-steps 100000000": "100000000 steps of .* samples are more than the 50,000,000",
     "--rotation-rank 0": "--rotation-rank 0: must be at least 1",
     "--rotation-rank 97": "--rotation-rank 97 is larger than the layer",
     "--dropout 1": "--dropout 1.0: must be below 1",
@@ -124,6 +132,63 @@ def test_a_folder_that_is_no_model(folder, good, tiny_model, capfd):
     assert "no usable tokenizer" in refused([*good, "--model", "bare"], capfd)
 
 
+def test_weights_that_are_damaged_or_of_another_model(folder, good, tiny_model, capfd):
+    shutil.copytree(tiny_model, "cut")
+    weights = (folder / "cut" / "model.safetensors").read_bytes()
+    (folder / "cut" / "model.safetensors").write_bytes(weights[:-100])
+    assert "--model cut: model.safetensors is damaged" in refused([*good, "--model", "cut"], capfd)
+    shutil.copytree(tiny_model, "other")
+    config = json.loads((folder / "other" / "config.json").read_text())
+    (folder / "other" / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    line = refused([*good, "--model", "other"], capfd)
+    assert re.search(r"_proj.weight in model.safetensors is .*96.*, but by config.json it is .*128", line)
+    (folder / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "adapter" / name).write_text("{}")
+    assert "--model adapter: the folder holds an adapter, not a model" in refused([*good, "--model", "adapter"], capfd)
+
+
+def test_a_model_too_small_for_its_data(folder, good, tiny_model, capfd):
+    for name, changed, message in (
+        ("vocabulary", {"vocab_size": 200}, "its tokenizer gives token 256, but the model knows 200"),
+        ("positions", {"max_position_embeddings": 150}, "longer than the 150 positions of .*: give --max-length 150"),
+    ):
+        shutil.copytree(tiny_model, name)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | changed))
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(name))
+        model.save_pretrained(name)
+        assert re.search(message, refused([*good, "--model", name], capfd))
+
+
+def test_a_long_record_that_is_held_out_for_validation_is_only_cut(folder, good, records_file):
+    records = [json.loads(line) for line in records_file.read_text().splitlines()][:20]
+    held_out = split([Record(**{"input": "", **record}) for record in records], 1, 42)[1][0].id
+    for record in records:
+        if record["id"] == held_out:
+            record["instruction"] *= 100
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, records)))
+    request = parse(commonsense, [*good, "--train-data", "long.jsonl", "--validation-size", "1"])
+    data = check(request, make_plan(request, commonsense), commonsense).data
+    assert (data.training.truncated, data.validation.truncated) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set but RANK is not"),
+        ({"WORLD_SIZE": "x", "RANK": "0"}, "WORLD_SIZE is 'x': it must be a whole number, at least 1"),
+        ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS is '0': it must be a whole number, at least 1"),
+    ],
+)
+def test_an_environment_that_makes_no_sense(folder, launch, good, variables, message):
+    done = launch(0, *good, "--max-steps", "1", cwd=folder, **variables)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]  # libraries may have complained before
+    assert "Traceback" not in done.stderr
+    assert list(folder.iterdir()) == []
+
+
 def test_an_id_that_the_hub_cannot_give(folder, good, capfd, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no such folder, and the hub cannot give it" in refused([*good, "--model", "nobody/no-model"], capfd)
@@ -133,6 +198,7 @@ def test_an_output_that_is_a_file_or_holds_a_run(folder, good, capfd):
     (folder / "file").write_text("mine")
     assert "file is a file, not a folder" in refused([*good, "--output", "file"], capfd)
     assert "file is a file, not a folder" in refused([*good, "--output", "file/below"], capfd)
+    assert "File name too long" in refused([*good, "--output", "x" * 300], capfd)
     for number, trace in enumerate(("run.json", "checkpoint-12/model.bin", "adapter/adapter_config.json")):
         left = folder / f"run{number}" / trace
         left.parent.mkdir(parents=True)
@@ -140,7 +206,19 @@ def test_an_output_that_is_a_file_or_holds_a_run(folder, good, capfd):
         before = everything(folder)
         line = refused([*good, "--output", f"run{number}"], capfd)
         assert "already holds a run; continue it with --resume, delete it with --overwrite" in line
+        if trace != "run.json":
+            assert "no run of this launcher" in refused([*good, "--output", f"run{number}", "--overwrite"], capfd)
+            line = refused([*good, "--output", f"run{number}", "--resume"], capfd)
+            assert "run.json is missing or damaged" in line
         assert everything(folder) == before
+
+
+def write_checkpoint(folder):
+    """What makes a checkpoint complete."""
+    (folder / "global_step4").mkdir(parents=True)
+    (folder / "latest").write_text("global_step4")
+    torch.save({}, folder / "global_step4" / "mp_rank_00_model_states.pt")
+    (folder / "trainer_state.json").write_text("{}")
 
 
 @pytest.fixture
@@ -148,8 +226,7 @@ def interrupted(folder, good):
     """The folder of a run of `good` that got as far as its fourth step."""
     request = parse(commonsense, good)
     job = check(request, make_plan(request, commonsense), commonsense)
-    (folder / "out" / "checkpoint-4").mkdir(parents=True)
-    (folder / "out" / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    write_checkpoint(folder / "out" / "checkpoint-4")
     job.folder.write_manifest({"fingerprint": job.fingerprint})
     return folder / "out"
 
@@ -191,12 +268,32 @@ def test_a_checkpoint_of_the_same_recipe_is_found(good, interrupted):
         assert job.folder.checkpoint.resolve() == (interrupted / "checkpoint-4").resolve()
 
 
+DAMAGE = {
+    "trainer_state.json": "trainer_state.json is damaged",
+    "global_step4/mp_rank_00_model_states.pt": "mp_rank_00_model_states.pt is damaged",
+    "latest": "DeepSpeed's files are missing",
+}
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(good, interrupted, capfd, file):
+    write_checkpoint(interrupted / "checkpoint-8")
+    content = (interrupted / "checkpoint-8" / file).read_bytes()
+    (interrupted / "checkpoint-8" / file).write_bytes(content[: len(content) // 2])
+    assert DAMAGE[file] in refused([*good, "--resume", interrupted / "checkpoint-8"], capfd)
+    request = parse(commonsense, [*good, "--resume"])
+    job = check(request, make_plan(request, commonsense), commonsense)
+    assert job.folder.checkpoint.name == "checkpoint-4"
+
+
 def test_a_run_that_cannot_be_resumed_safely(folder, good, interrupted, capfd):
     checkpoint = interrupted / "checkpoint-4"
     (folder / "other").mkdir()
     (folder / "other" / "run.json").write_text("{}")
     line = refused([*good, "--output", "other", "--resume", checkpoint], capfd)
     assert "other already holds another run" in line
+    line = refused([*good, "--resume", interrupted], capfd)
+    assert "is a run's folder: name one of its checkpoints" in line
     (interrupted / "run.json").write_text("{")
     assert "run.json is missing or damaged" in refused([*good, "--resume"], capfd)
     (interrupted / "run.json").unlink()
@@ -217,3 +314,19 @@ def test_under_deepspeed_one_rank_tells_it(folder, launch, good):
     assert lines == ["error: gone.jsonl: no such data file"]
     assert "Traceback" not in done.stdout + done.stderr
     assert list(folder.iterdir()) == []
+
+
+def test_a_run_that_diverges_says_so_and_leaves_no_adapter(folder, launch, good):
+    options = ["--max-steps", "3", "--global-batch", "4", "--warmup-steps", "0", "--learning-rate", "1e30"]
+    done = launch(0, *good, *options, cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the loss of step 3 is nan: the run has diverged, and no adapter was saved")
+    assert json.loads((folder / "out" / "run.json").read_text())["status"] == "diverged"
+    assert not (folder / "out" / "adapter").exists()
+
+
+def test_a_name_that_a_terminal_could_take_for_markup(folder, launch, good):
+    done = launch(0, *good, "--max-steps", "2", "--global-batch", "4", "--output", "o [/b][red]:smile:", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "o [/b][red]:smile:/adapter" in done.stdout
+    assert (folder / "o [/b][red]:smile:" / "adapter" / "adapter_model.safetensors").exists()

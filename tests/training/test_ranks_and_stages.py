@@ -23,15 +23,26 @@ ARGUMENTS = [
 ]
 
 
+# SORA on every number of ranks and stage; DoRA, which reads the sharded weight, where it lies whole and where not.
+RUNS = [
+    *(("sora", ranks, stage) for ranks in (0, 2) for stage in (0, 1, 2, 3)),
+    *(("dora", 0, 2), ("dora", 2, 3), ("dora", 2, 3, "--gradient-checkpointing")),
+]
+
+
 @pytest.fixture(scope="session")
-def reference(tiny_model, records_file):
-    """(losses, validation loss, adapter) of the same optimisation without Trainer, accelerate or DeepSpeed."""
+def references(tiny_model, records_file):
+    """By method (losses, validation loss, adapter) of the same optimisation without Trainer or DeepSpeed."""
+    return {method: plain_loop(method, tiny_model, records_file) for method in ("sora", "dora")}
+
+
+def plain_loop(method, tiny_model, records_file):
     records, held_out = split(read_records([records_file]), HELD_OUT, SEED)
     order = sample_order(len(records), STEPS * BATCH, SEED)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     set_seed(SEED)
-    config = ConditionedConfig(method="sora", r=4, alpha=8, dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = ConditionedConfig(method=method, r=4, alpha=8, dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
@@ -68,20 +79,14 @@ def _loss(model, tokenizer, records):
     return total / count
 
 
-@pytest.fixture(
-    scope="session",
-    params=[(ranks, stage) for ranks in (0, 2) for stage in (0, 1, 2, 3)],
-    ids=lambda pair: "{} ranks, ZeRO-{}".format(*pair),
-)
-def run(request, tmp_path_factory, tiny_model, records_file, train):
-    ranks, stage = request.param
-    folder = tmp_path_factory.mktemp("run") / "out"
-    arguments = ["--model", tiny_model, "--train-data", records_file, "--zero-stage", stage, *ARGUMENTS]
-    return train(folder, ranks, *arguments)
-
-
-def test_losses_validation_and_adapter_equal_the_plain_loop(run, reference):
-    losses, validation, adapter = reference
+@pytest.mark.parametrize("case", RUNS, ids=lambda case: "{} {} ranks ZeRO-{} {}".format(*case, "").rstrip())
+def test_losses_validation_and_adapter_equal_the_plain_loop(
+    case, references, tmp_path, tiny_model, records_file, train
+):
+    method, ranks, stage, *more = case
+    data = ["--model", tiny_model, "--train-data", records_file]
+    run = train(tmp_path / "out", ranks, *data, "--method", method, "--zero-stage", stage, *ARGUMENTS, *more)
+    losses, validation, adapter = references[method]
     assert len(run.losses) == STEPS and losses[-1] < losses[0] - 0.1, "the run is long enough to show a wrong update"
     assert run.losses == pytest.approx(losses, abs=5e-5)
     assert run.manifest["results"]["validation_loss"] == pytest.approx(validation, abs=5e-5)

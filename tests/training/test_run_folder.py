@@ -36,7 +36,9 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
 
 def test_the_newest_checkpoint_is_the_last_complete_one(tmp_path):
     assert newest_checkpoint(tmp_path) is None
-    fill(tmp_path, "checkpoint-5/trainer_state.json", "checkpoint-10/trainer_state.json")
+    for step in (5, 10):
+        fill(tmp_path, *(f"checkpoint-{step}/{name}" for name in ("trainer_state.json", "global_step/made.txt")))
+        (tmp_path / f"checkpoint-{step}" / "latest").write_text("global_step")
     fill(tmp_path, "checkpoint-20/rng_state.pth", "checkpoint-old/trainer_state.json")
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
