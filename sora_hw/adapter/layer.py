@@ -322,12 +322,13 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         stored = self.get_base_layer().weight
         kept = self._norm_squared
         if torch.compiler.is_compiling():  # where neither address nor version can be read
-            return _row_norm_squared(weight) if kept is None or kept[1].device != weight.device else kept[1]
-        if stored.requires_grad or stored.is_inference():
+            serves = kept is not None and kept[1].device == weight.device and not stored.requires_grad
+            return kept[1] if serves else _row_norm_squared(weight)
+        if stored.is_inference():
             return _row_norm_squared(weight)
         held = getattr(stored, "ds_tensor", stored)  # under ZeRO-3 this rank's part, the only thing that lasts
         key = (held.data_ptr(), held._version, weight.device)
-        if kept is None or kept[0] != key:
+        if kept is None or kept[0] != key or stored.requires_grad:
             self._norm_squared = (key, _row_norm_squared(weight))
         return self._norm_squared[1]
 

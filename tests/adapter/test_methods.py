@@ -205,3 +205,14 @@ def test_a_row_of_zeros_has_no_direction_and_stays_zero(pre):
     assert (y - base[0].get_base_layer()(x)).abs().max() < 1e-14
     y.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_norm_of_a_base_weight_that_is_trained_as_well_is_not_kept():
+    """As optimisers that work on copies do, the new values are written past autograd."""
+    model, layer, config = adapted("none", "magnitude")
+    weight = layer.get_base_layer().weight
+    weight.requires_grad_()
+    x = rows(6)
+    model(x)
+    weight.data.mul_(3)
+    assert_same(layer, config, x, model(x), x)

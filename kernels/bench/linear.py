@@ -1,0 +1,179 @@
+"""One adapted linear layer against its peers, every peer in one run; the frozen layer is 1.0.
+
+    python kernels/bench/linear.py [--device cpu|cuda] [--passes both forward backward inference] [--dtypes ...]
+                                   [--shapes 4096x14336 ...] [--rows ...] [--ranks ...] [--rotation-ranks ...]
+                                   [--compiled] [--json FILE] [--chart FILE]
+
+Without options: on a processor N = 2048 and 512, in = out = 2048, one thread; on a GPU the shapes of LLaMA3-8B. Two
+threads on a shared machine would measure its scheduler. The rows rotate over several buffers, so that no pass meets its
+input in a cache where training would not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+from chart import draw
+from peers import FROZEN, adapted_linears
+from rich.console import Console
+from rich.table import Table
+from timing import Step, medians
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PASSES = ("both", "forward", "backward", "inference")
+BUFFERS = 4
+# LLaMA3-8B: q and o, k and v, gate and up, down.
+GPU = {
+    "shapes": ["4096x4096", "4096x1024", "4096x14336", "14336x4096"],
+    "rows": [512, 2048, 8192],
+    "dtypes": ["bfloat16"],
+}
+CPU = {"shapes": ["2048x2048"], "rows": [2048, 512], "dtypes": ["float32", "bfloat16"]}
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    console.print(f"{hardware(arguments.device)}, torch {torch.__version__}, peft {peft.__version__}")
+    results = []
+    cases = itertools.product(
+        arguments.dtypes, arguments.shapes, arguments.ranks, arguments.rotation_ranks, arguments.passes
+    )
+    for dtype, shape, rank, rotation_rank, what in cases:
+        case = {"dtype": dtype, "shape": shape, "rank": rank, "rotation_rank": rotation_rank, "pass": what}
+        columns = [{**case, "rows": rows, **measure(case, rows, arguments)} for rows in arguments.rows]
+        show(columns, console)
+        results += columns
+    if arguments.json:
+        machine = {"hardware": hardware(arguments.device), "torch": torch.__version__, "peft": peft.__version__}
+        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    if arguments.chart:
+        draw({f"{r['shape']}, N {r['rows']}": r["ratios"] for r in results}, "time, frozen linear = 1", arguments.chart)
+
+
+def measure(case: dict, rows: int, arguments: argparse.Namespace) -> dict:
+    """Ratios of one case, and the frozen layer's milliseconds."""
+    inputs, outputs = map(int, case["shape"].split("x"))
+    device, dtype = torch.device(arguments.device), DTYPES[case["dtype"]]
+    torch.manual_seed(0)
+    modules = adapted_linears(inputs, outputs, case["rank"], case["rotation_rank"], dtype, device, arguments.compiled)
+    buffers = [
+        (
+            torch.randn(rows, inputs, dtype=dtype, device=device, requires_grad=True),
+            torch.randn(rows, outputs, dtype=dtype, device=device),
+        )
+        for _ in range(BUFFERS)
+    ]
+    steps = {name: STEPS[case["pass"]](module, buffers) for name, module in modules.items()}
+    ratios, frozen = medians(steps, arguments.repeats, device)
+    return {"ratios": ratios, "frozen_milliseconds": frozen}
+
+
+Buffers = list[tuple[Tensor, Tensor]]
+
+
+def both(module: nn.Module, buffers: Buffers) -> Step:
+    turns = itertools.cycle(buffers)
+
+    def step() -> None:
+        x, dy = next(turns)
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        module(x).backward(dy)
+
+    return step
+
+
+def forward(module: nn.Module, buffers: Buffers) -> Step:
+    turns = itertools.cycle(buffers)
+    return lambda: module(next(turns)[0])
+
+
+def backward(module: nn.Module, buffers: Buffers) -> Step:
+    """The backward pass alone, over graphs that are built once."""
+    turns = itertools.cycle([(x, dy, module(x)) for x, dy in buffers])
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        x, dy, y = next(turns)
+        torch.autograd.grad(y, [x, *trained], dy, retain_graph=True)
+
+    return step
+
+
+def inference(module: nn.Module, buffers: Buffers) -> Step:
+    turns = itertools.cycle(buffers)
+    module.eval()
+
+    def step() -> None:
+        with torch.no_grad():
+            module(next(turns)[0])
+
+    return step
+
+
+STEPS: dict[str, Callable[[nn.Module, Buffers], Step]] = {
+    "both": both,
+    "forward": forward,
+    "backward": backward,
+    "inference": inference,
+}
+
+
+def show(columns: list[dict], console: Console) -> None:
+    case = columns[0]
+    title = (
+        f"{case['pass']}, {case['dtype']}, {case['shape']}, r {case['rank']}, rp {case['rotation_rank']}; {FROZEN} = 1"
+    )
+    table = Table(title=title)
+    table.add_column("peer")
+    for column in columns:
+        table.add_column(f"N {column['rows']}", justify="right")
+    for name in case["ratios"]:
+        table.add_row(name, *(f"{column['ratios'][name]:.3f}" for column in columns))
+    table.add_row("frozen, milliseconds", *(f"{column['frozen_milliseconds']:.3f}" for column in columns))
+    console.print(table)
+
+
+def hardware(device: str) -> str:
+    if device != "cpu":
+        return torch.get_device_module(device).get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def parse() -> argparse.Namespace:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default=found.type if found else "cpu")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=["both"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--shapes", nargs="+", help="in x out, as 4096x1024")
+    parser.add_argument("--rows", type=int, nargs="+", help="tokens N")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
+    parser.add_argument("--rotation-ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--compiled", action="store_true", help="ours under torch.compile as well")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=11, help="rounds, after two to warm up")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--chart", type=Path, help="draw them here, as PNG or SVG")
+    arguments = parser.parse_args()
+    for name, default in (CPU if arguments.device == "cpu" else GPU).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
