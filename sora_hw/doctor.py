@@ -75,15 +75,18 @@ def _devices() -> Section:
 
 
 def _kernels() -> Section:
-    """Who serves each device: a package that fails is a problem, a device other than the CPU without one is not."""
+    """Who serves each device. A package that fails is a problem where its device is; a device without one is none."""
     section = Section(_table("Kernels", "device", "package", "folder", "state"))
     packages = ops.kernel_packages()
     for package in packages:
-        problem = package.error or _operator_problem(DEVICES.get(package.device_type))
-        state = BROKEN if problem else OK
+        device = DEVICES.get(package.device_type)
+        problem = package.error or _operator_problem(device)
+        needed = device is None or device.is_usable() is None
+        state = (BROKEN if needed else NO) if problem else OK
         section.table.add_row(package.device_type, package.distribution, _folder(package.module), state)
         if problem:
-            section.problems.append(f"the kernels for {package.device_type} ({package.module}): {problem}")
+            found = section.problems if needed else section.notes
+            found.append(f"the kernels for {package.device_type} ({package.module}): {problem}")
     for device in DEVICES.values():
         if device.type in {package.device_type for package in packages}:
             continue

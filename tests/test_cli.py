@@ -71,6 +71,7 @@ def test_a_usable_device_is_shown_with_count_name_and_memory(examined, monkeypat
     monkeypatch.setattr(CudaDevice, "count", lambda self: 4)
     monkeypatch.setattr(CudaDevice, "name", lambda self, index=0: "RTX 4090")
     monkeypatch.setattr(CudaDevice, "memory_bytes", lambda self, index=0: 24 << 30)
+    monkeypatch.setattr(ops, "_packages", [_package("cpu")])
     code, out = examined()
     assert code == 0
     assert re.search(r"cuda +│ RTX 4090 +│ 4 +│ 24.0 GiB +│ nccl +│ ok", out)
@@ -85,11 +86,21 @@ def test_no_kernels_for_the_cpu_is_broken(examined, monkeypatch):
 
 
 def test_a_kernel_package_that_does_not_import_is_broken(examined, monkeypatch):
-    monkeypatch.setattr(ops, "_packages", [_package("cpu"), _package("npu", error="No module named 'x'")])
+    monkeypatch.setattr(ops, "_packages", [_package("cpu"), _package("xpu", error="No module named 'x'")])
     code, out = examined()
     assert code == 1
-    assert re.search(r"npu +│ vendor-npu 1.0 +│ .* │ broken", out)
-    assert "broken: the kernels for npu (sora_hw_kernels.reference): No module named 'x'" in out
+    assert re.search(r"xpu +│ vendor-xpu 1.0 +│ .* │ broken", out)
+    assert "broken: the kernels for xpu (sora_hw_kernels.reference): No module named 'x'" in out
+
+
+def test_a_kernel_package_without_its_device_is_a_note(examined, monkeypatch):
+    """As Triton's where only the CPU is meant: nothing here needs it."""
+    monkeypatch.setattr(CudaDevice, "is_usable", lambda self: "no driver")
+    monkeypatch.setattr(ops, "_packages", [_package("cpu"), _package("cuda", error="No module named 'triton'")])
+    code, out = examined()
+    assert code == 0
+    assert re.search(r"cuda +│ vendor-cuda 1.0 +│ .* │ no", out)
+    assert "the kernels for cuda (sora_hw_kernels.reference): No module named 'triton'" in out
 
 
 @pytest.mark.parametrize(
@@ -116,7 +127,7 @@ def test_a_vendor_s_device_that_we_have_no_record_of_is_listed(examined, monkeyp
 def test_the_fallback_is_shown(examined, monkeypatch):
     monkeypatch.setenv("SORA_HW_FALLBACK", "1")
     _, out = examined()
-    assert re.search(r"cuda +│ slow generic operators +│ - +│ SORA_HW_FALLBACK=1", out)
+    assert re.search(r"npu +│ slow generic operators +│ - +│ SORA_HW_FALLBACK=1", out)
     assert re.search(r"SORA_HW_FALLBACK +│ 1", out)
 
 

@@ -433,7 +433,8 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
             if bias is not None:
                 bias = bias + (more_bias - original.bias.to(bias))
         if safe and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
-            raise ValueError(f"NaNs detected in the merged weights. The adapters {', '.join(names)} seem to be broken")
+            broken = f"adapter {names[0]} seems" if len(names) == 1 else f"adapters {', '.join(names)} seem"
+            raise ValueError(f"NaNs detected in the merged weights. The {broken} to be broken")
         base = self.get_base_layer()
         base.weight.data.copy_(self._out_in(weight))
         if bias is not None:
