@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,11 @@ class Conditioning:
     def scales(self) -> bool:
         """Whether the map has a `c` other than one."""
         return self.pre == "diagonal" or self.post in ("diagonal", "magnitude")
+
+    @cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameters that this pair of transformations has."""
+        return tuple(self.parameter_shapes(1, 1, 1, 1))
 
     def parameter_shapes(self, in_features: int, out_features: int, r: int, rp: int) -> dict[str, tuple[int, ...]]:
         """The parameters of an adapter and their shapes: only those that this pair of transformations has."""

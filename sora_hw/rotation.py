@@ -47,11 +47,8 @@ def rotation_scale(c: Tensor, e: Tensor, rule: RotationScale, eps: float) -> Ten
     if rule == "reference":
         return (1.0 / (norm_c + norm_d + 1e-6)).clamp(max=1.0)
     product = 2.0 * norm_c * norm_d
-    vanishes = product <= _ZERO_NORM_PRODUCT
-    # The inner `where` keeps the division, and so its gradient, finite where the outer one discards it.
-    return torch.where(
-        vanishes, torch.zeros_like(product), eps / torch.where(vanishes, torch.ones_like(product), product)
-    )
+    # The floor keeps the division, and so its gradient, finite where the other factor makes the result zero.
+    return (product > _ZERO_NORM_PRODUCT) * eps / product.clamp(min=_ZERO_NORM_PRODUCT)
 
 
 def rotation_factors(

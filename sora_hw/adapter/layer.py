@@ -156,8 +156,8 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, Tensor]:
         """The adapter's parameters by their names in `Conditioning.parameter_shapes`."""
-        named = {name: getattr(self, f"conditioned_{name}") for name in PARAMETER_NAMES}
-        return {name: values[adapter_name] for name, values in named.items() if adapter_name in values}
+        names = self.conditioning[adapter_name].parameter_names
+        return {name: getattr(self, f"conditioned_{name}")[adapter_name] for name in names}
 
     def cast_adapter_to_base_dtype(self, adapter_name: str) -> None:
         """Store the adapter in the base weight's dtype, where that is a floating dtype."""
