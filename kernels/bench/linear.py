@@ -1,12 +1,12 @@
 """One adapted linear layer against its peers, every peer in one run; the frozen layer is 1.0.
 
     python kernels/bench/linear.py [--device cpu|cuda] [--passes both forward backward inference] [--dtypes ...]
-                                   [--shapes 4096x14336 ...] [--rows ...] [--ranks ...] [--rotation-ranks ...]
+                                   [--shapes 4096x14336 block ...] [--rows ...] [--ranks ...] [--rotation-ranks ...]
                                    [--compiled] [--json FILE] [--chart FILE]
 
-Without options: on a processor N = 2048 and 512, in = out = 2048, one thread; on a GPU the shapes of LLaMA3-8B. Two
-threads on a shared machine would measure its scheduler. The rows rotate over several buffers, so that no pass meets its
-input in a cache where training would not.
+Without options: on a processor N = 2048 and 512, in = out = 2048, one thread; on a GPU the shapes of LLaMA3-8B, and
+`block`, the seven layers of one of its blocks in turn. Two threads on a shared machine would measure its scheduler. The
+rows rotate over several buffers, so that no pass meets its input in a cache where training would not.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PASSES = ("both", "forward", "backward", "inference")
 BUFFERS = 4
 # LLaMA3-8B: q and o, k and v, gate and up, down.
-GPU = {
-    "shapes": ["4096x4096", "4096x1024", "4096x14336", "14336x4096"],
-    "rows": [512, 2048, 8192],
-    "dtypes": ["bfloat16"],
-}
+SHAPES = ["4096x4096", "4096x1024", "4096x14336", "14336x4096"]
+BLOCK = [0, 1, 1, 0, 2, 2, 3]  # q, k, v, o, gate, up, down
+GPU = {"shapes": [*SHAPES, "block"], "rows": [512, 2048, 8192], "dtypes": ["bfloat16"]}
 CPU = {"shapes": ["2048x2048"], "rows": [2048, 512], "dtypes": ["float32", "bfloat16"]}
 
 
@@ -62,7 +60,20 @@ def main() -> None:
 
 def measure(case: dict, rows: int, arguments: argparse.Namespace) -> dict:
     """Ratios of one case, and the frozen layer's milliseconds."""
-    inputs, outputs = map(int, case["shape"].split("x"))
+    shapes = [SHAPES[index] for index in BLOCK] if case["shape"] == "block" else [case["shape"]]
+    parts = [steps_of(shape, case, rows, arguments) for shape in shapes]
+
+    def in_turn(name: str) -> Step:
+        return lambda: [part[name]() for part in parts]
+
+    steps = {name: in_turn(name) for name in parts[0]}
+    ratios, frozen = medians(steps, arguments.repeats, torch.device(arguments.device))
+    return {"ratios": ratios, "frozen_milliseconds": frozen}
+
+
+def steps_of(shape: str, case: dict, rows: int, arguments: argparse.Namespace) -> dict[str, Step]:
+    """The case's pass over one layer, of every peer."""
+    inputs, outputs = map(int, shape.split("x"))
     device, dtype = torch.device(arguments.device), DTYPES[case["dtype"]]
     torch.manual_seed(0)
     modules = adapted_linears(inputs, outputs, case["rank"], case["rotation_rank"], dtype, device, arguments.compiled)
@@ -73,9 +84,7 @@ def measure(case: dict, rows: int, arguments: argparse.Namespace) -> dict:
         )
         for _ in range(BUFFERS)
     ]
-    steps = {name: STEPS[case["pass"]](module, buffers) for name, module in modules.items()}
-    ratios, frozen = medians(steps, arguments.repeats, device)
-    return {"ratios": ratios, "frozen_milliseconds": frozen}
+    return {name: STEPS[case["pass"]](module, buffers) for name, module in modules.items()}
 
 
 Buffers = list[tuple[Tensor, Tensor]]
