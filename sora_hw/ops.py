@@ -72,8 +72,10 @@ def low_rank_input(x: Tensor, a: Tensor, dropout: float = 0.0) -> tuple[Tensor, 
         dropout: probability; the mask is the one that `torch.nn.functional.dropout` draws.
 
     Returns:
-        `x`, as a view, and `z`, (..., R), in its dtype.
+        `x`, as a view where it has a gradient, and `z`, (..., R), in its dtype.
     """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x, skinny_product(torch.nn.functional.dropout(x, dropout) if dropout else x, a)
     return _LowRankInput.apply(x, a.to(x.dtype), dropout)
 
 

@@ -106,7 +106,8 @@ def test_the_low_rank_input_against_dropout_and_a_product_in_float64(dtype, drop
 
 def test_the_low_rank_input_where_one_side_has_no_gradient():
     x, a = torch.randn(5, 6), torch.randn(2, 6).requires_grad_()
-    _, z = ops.low_rank_input(x, a)
+    through, z = ops.low_rank_input(x, a)
+    assert not through.requires_grad, "the frozen layer would compute a gradient that nobody asks for"
     assert torch.allclose(torch.autograd.grad(z.sum(), a)[0], x.sum(0).expand(2, 6))
     x.requires_grad_()
     through, z = ops.low_rank_input(x, a)
