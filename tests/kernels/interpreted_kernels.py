@@ -13,6 +13,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
 # (N, out, R): whole tiles; ragged in all three; one element; several chunks of rows; R of every tile, and above
 SHAPES = [(64, 256, 16), (70, 300, 18), (1, 1, 1), (3, 1024, 48), (2100, 130, 5), (33, 129, 100), (40, 65, 150)]
 
+# scale, bias, strided rows
+OPTIONS = [(True, True, False), (True, False, True), (False, True, False), (False, False, True)]
+
 
 def inputs(dtype, n, out, r, scale, bias, strided, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -36,8 +39,7 @@ def double(*tensors):
     return (None if t is None else t.double() for t in tensors)
 
 
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("scale", "bias", "strided"), OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_forward(dtype, shape, scale, bias, strided):
@@ -61,9 +63,8 @@ def test_input_gradient(dtype, masked, shape):
     close(dx, grad.double() + (update * mask * (4 / 3) if masked else update), dtype)
 
 
-@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("saved_base", [False, True])
-@pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("scale", "bias", "strided"), OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_backward(dtype, shape, scale, bias, saved_base, strided):
