@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from sora_hw import ops
+from sora_hw.adapter.base_weight import adapter_dtype, is_whole, row_norm_squared
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.keeping import Keeping, look_after_steps
-from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, conditioned_weight, linear_map
+from sora_hw.adapter.merging import Merges
+from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, linear_map
 
 PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_C", "post_E", "magnitude")
 
 _NO_DROPOUT = nn.Identity()
-
-
-class _Original(NamedTuple):
-    """What a merge overwrote, in host memory, so that unmerging restores it bit for bit."""
-
-    weight: Tensor
-    bias: Tensor | None
 
 
 class _LowRankPath(NamedTuple):
@@ -57,7 +49,7 @@ class _LowRankPath(NamedTuple):
             return ops.scale_rank_update(base, c, z, b, self.bias, keep=self.keep)
 
 
-class ConditionedLinear(nn.Module, BaseTunerLayer):
+class ConditionedLinear(nn.Module, Merges):
     """A linear layer with weight-conditioned adapters, `y = x W'^T + b0`, `W' = post(pre(W0) + s B A)`.
 
     The base product stays with the base layer, so sharded and quantised layers and the vendor's matrix product keep
@@ -89,8 +81,6 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         self.conditioning: dict[str, Conditioning] = {}
         self.conditions_bias: dict[str, bool] = {}
         self.merged_adapters: list[str] = []
-        self._original: _Original | None = None
-        self._norm_squared: tuple[object, Tensor] | None = None
         self.keeping = Keeping()
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -118,7 +108,7 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         shapes = config.conditioning.parameter_shapes(
             self.in_features, self.out_features, config.r, config.rotation_rank
         )
-        dtype = _adapter_dtype(self._base_dtype())
+        dtype = adapter_dtype(self._base_dtype())
         for name, shape in shapes.items():
             getattr(self, f"conditioned_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=dtype))
         self.reset_adapter(adapter_name, config.init_weights)
@@ -241,7 +231,7 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
         for name in self.conditioned_A:
             parameters = list(self.adapter_parameters(name).values())
             trained = any(p.requires_grad for p in parameters) and self.conditioning[name].scales
-            here = all(_is_whole(p) and not p.is_meta for p in parameters)
+            here = all(is_whole(p) and not p.is_meta for p in parameters)
             reads_weight = self.conditioning[name].post == "magnitude"
             if trained and here and (self._weight_is_readable() or not reads_weight):
                 with torch.no_grad():
@@ -273,7 +263,7 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
 
         def row_norm(c: Tensor | None, b: Tensor, a: Tensor) -> Tensor:
             with the_weight() as w:
-                norm_squared = _row_norm_squared(w) if weight is not None else self._base_norm_squared(w)
+                norm_squared = row_norm_squared(w) if weight is not None else self._base_norm_squared(w)
                 return ops.factored_row_norm(w, norm_squared, c, b, a)
 
         def pull_back(q: Tensor) -> Tensor:
@@ -288,158 +278,6 @@ class ConditionedLinear(nn.Module, BaseTunerLayer):
             pull_back,
         )
 
-    # --- the base weight ---
-
-    def _stored_weight(self) -> Tensor:
-        """`W0` as (out, in), a view of the stored weight."""
-        weight = self.get_base_layer().weight
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def _base_dtype(self) -> torch.dtype:
-        return self.get_base_layer().weight.dtype
-
-    def _weight_is_readable(self) -> bool:
-        """Whether the whole weight lies there as a plain floating tensor: neither quantised nor sharded."""
-        weight = self.get_base_layer().weight
-        return weight.is_floating_point() and _is_whole(weight)
-
-    @contextmanager
-    def _base_weight(self) -> Iterator[Tensor]:
-        """`W0` as (out, in) for reading, gathered where ZeRO-3 has sharded it."""
-        weight = self.get_base_layer().weight
-        if not weight.is_floating_point():
-            raise ValueError("a magnitude needs the norm of the base weight, which a quantised layer does not give")
-        # Inside a forward pass DeepSpeed has gathered it at this very access, and frees it itself.
-        gathered = not hasattr(weight, "ds_id") or weight.numel() == weight.ds_numel
-        with nullcontext() if gathered else gather_params_ctx([weight], modifier_rank=None):
-            yield self._stored_weight().detach()
-
-    def _base_norm_squared(self, weight: Tensor) -> Tensor:
-        """`||W0||^2` of every row, (out,), computed once and kept until the weight changes.
-
-        A change is noticed unless it is written into the frozen weight through `.data`.
-        """
-        stored = self.get_base_layer().weight
-        kept = self._norm_squared
-        if torch.compiler.is_compiling():  # where neither address nor version can be read
-            serves = kept is not None and kept[1].device == weight.device and not stored.requires_grad
-            return kept[1] if serves else _row_norm_squared(weight)
-        if stored.is_inference():
-            return _row_norm_squared(weight)
-        held = getattr(stored, "ds_tensor", stored)  # under ZeRO-3 this rank's part, the only thing that lasts
-        key = (held.data_ptr(), held._version, weight.device)
-        if kept is None or kept[0] != key or stored.requires_grad:
-            self._norm_squared = (key, _row_norm_squared(weight))
-        return self._norm_squared[1]
-
-    # --- merging ---
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the conditioned weight into the base layer, rounded once from float32.
-
-        The original waits in host memory until `unmerge`.
-
-        Args:
-            safe_merge: refuse, leaving the layer as it is, when the merged weight is not finite.
-            adapter_names: the adapters to merge; the active ones by default.
-
-        Raises:
-            ValueError: for a quantised base layer, or under `safe_merge` for a weight that is not finite.
-        """
-        names = self._mergeable(adapter_names)
-        if not names:
-            return
-        with self._base_gathered():
-            original = self._original or self._copy_to_host()
-            self._write_merged(self.merged_adapters + names, original, safe_merge)
-        self._original = original
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        base = self.get_base_layer()
-        with self._base_gathered():
-            base.weight.data.copy_(self._original.weight)
-            if self._original.bias is not None:
-                base.bias.data.copy_(self._original.bias)
-        self._original = None
-        self.merged_adapters.clear()
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base layer alone, merged if asked. Keeps no copy of the original."""
-        names = self._mergeable(adapter_names) if merge else []
-        if names:
-            with self._base_gathered():
-                original = self._original or self._live_values()
-                self._write_merged(self.merged_adapters + names, original, safe_merge)
-        return self.get_base_layer()
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """`W' - W0` of one adapter in the layout of the stored weight, float32 or wider."""
-        with torch.no_grad(), self._base_gathered():
-            original = self._original or self._live_values()
-            weight, _ = self._conditioned_values(adapter_name, original)
-            delta = weight - self._out_in(original.weight).to(weight)
-            return delta.t() if self.fan_in_fan_out else delta
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's conversion to LoRA works from the difference of the weights, which does not hold the bias."""
-        return not self.conditions_bias[adapter_name] or self.bias is None
-
-    def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.conditioned_A]
-        if names and not self._base_dtype().is_floating_point:
-            raise ValueError("merging into a quantised base layer is not supported: load the base model unquantised")
-        return names
-
-    def _base_gathered(self):
-        base = self.get_base_layer()
-        return gather_params_ctx([base.weight] if base.bias is None else [base.weight, base.bias])
-
-    def _live_values(self) -> _Original:
-        base = self.get_base_layer()
-        return _Original(base.weight.data, None if base.bias is None else base.bias.data)
-
-    def _copy_to_host(self) -> _Original:
-        live = self._live_values()
-        return _Original(*(None if t is None else t.to("cpu", copy=True) for t in live))
-
-    def _out_in(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def _conditioned_values(self, adapter_name: str, original: _Original) -> tuple[Tensor, Tensor | None]:
-        """`W'` (out, in) and the bias under one adapter, float32 or wider, on the base layer's device."""
-        a = self.conditioned_A[adapter_name]
-        weight = self._out_in(original.weight).to(a.device, _adapter_dtype(original.weight.dtype))
-        linear = self._linear_map(adapter_name, weight)
-        bias = original.bias
-        if bias is not None:
-            bias = bias.to(weight.device, weight.dtype)
-            bias = conditioned_bias(bias, linear) if self.conditions_bias[adapter_name] else bias
-        return conditioned_weight(weight, linear, a, self.scaling[adapter_name]), bias
-
-    @torch.no_grad()
-    def _write_merged(self, names: list[str], original: _Original, safe: bool) -> None:
-        """Write the original plus every adapter's difference from it; each is conditioned against the original."""
-        values = [self._conditioned_values(name, original) for name in names]
-        weight, bias = values[0]
-        for more_weight, more_bias in values[1:]:
-            weight = weight + (more_weight - self._out_in(original.weight).to(weight))
-            if bias is not None:
-                bias = bias + (more_bias - original.bias.to(bias))
-        if safe and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
-            broken = f"adapter {names[0]} seems" if len(names) == 1 else f"adapters {', '.join(names)} seem"
-            raise ValueError(f"NaNs detected in the merged weights. The {broken} to be broken")
-        base = self.get_base_layer()
-        base.weight.data.copy_(self._out_in(weight))
-        if bias is not None:
-            base.bias.data.copy_(bias)
-
     def __repr__(self) -> str:
         return "conditioned." + super().__repr__()
 
@@ -449,20 +287,6 @@ def _features(base: nn.Module) -> tuple[int, int]:
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     return base.nx, base.nf
-
-
-def _adapter_dtype(base: torch.dtype) -> torch.dtype:
-    """Adapters train in float32, beside a float64 base in float64."""
-    return torch.promote_types(base, torch.float32) if base.is_floating_point else torch.float32
-
-
-def _row_norm_squared(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight, dim=1, dtype=_adapter_dtype(weight.dtype)).square()
-
-
-def _is_whole(t: Tensor) -> bool:
-    """Whether a parameter lies there whole and as a plain tensor: neither quantised nor sharded."""
-    return type(t) in (Tensor, nn.Parameter) and not hasattr(t, "ds_id")  # the mark of ZeRO-3
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

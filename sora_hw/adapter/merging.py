@@ -1,0 +1,136 @@
+"""Merging: writing conditioned weights into the base layer, and taking them out again bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+
+from sora_hw.adapter.base_weight import ReadsBaseWeight, adapter_dtype
+from sora_hw.conditioning import conditioned_bias, conditioned_weight
+
+
+class _Original(NamedTuple):
+    """What a merge overwrote, in host memory, so that unmerging restores it bit for bit."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Merges(ReadsBaseWeight):
+    """A layer that can write the weight of its adapters into its base layer.
+
+    It has the adapters (`conditioned_A`, `scaling`, `conditions_bias`) and gives their coefficients (`_linear_map`).
+    """
+
+    _original: _Original | None = None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the conditioned weight into the base layer, rounded once from float32.
+
+        The original waits in host memory until `unmerge`.
+
+        Args:
+            safe_merge: refuse, leaving the layer as it is, when the merged weight is not finite.
+            adapter_names: the adapters to merge; the active ones by default.
+
+        Raises:
+            ValueError: for a quantised base layer, or under `safe_merge` for a weight that is not finite.
+        """
+        names = self._mergeable(adapter_names)
+        if not names:
+            return
+        with self._base_gathered():
+            original = self._original or self._copy_to_host()
+            self._write_merged(self.merged_adapters + names, original, safe_merge)
+        self._original = original
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        with self._base_gathered():
+            base.weight.data.copy_(self._original.weight)
+            if self._original.bias is not None:
+                base.bias.data.copy_(self._original.bias)
+        self._original = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer alone, merged if asked. Keeps no copy of the original."""
+        names = self._mergeable(adapter_names) if merge else []
+        if names:
+            with self._base_gathered():
+                original = self._original or self._live_values()
+                self._write_merged(self.merged_adapters + names, original, safe_merge)
+        return self.get_base_layer()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """`W' - W0` of one adapter in the layout of the stored weight, float32 or wider."""
+        with torch.no_grad(), self._base_gathered():
+            original = self._original or self._live_values()
+            weight, _ = self._conditioned_values(adapter_name, original)
+            delta = weight - self._out_in(original.weight).to(weight)
+            return delta.t() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's conversion to LoRA works from the difference of the weights, which does not hold the bias."""
+        return not self.conditions_bias[adapter_name] or self.bias is None
+
+    def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.conditioned_A]
+        if names and not self._base_dtype().is_floating_point:
+            raise ValueError("merging into a quantised base layer is not supported: load the base model unquantised")
+        return names
+
+    def _base_gathered(self):
+        base = self.get_base_layer()
+        return gather_params_ctx([base.weight] if base.bias is None else [base.weight, base.bias])
+
+    def _live_values(self) -> _Original:
+        base = self.get_base_layer()
+        return _Original(base.weight.data, None if base.bias is None else base.bias.data)
+
+    def _copy_to_host(self) -> _Original:
+        live = self._live_values()
+        return _Original(*(None if t is None else t.to("cpu", copy=True) for t in live))
+
+    def _out_in(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _conditioned_values(self, adapter_name: str, original: _Original) -> tuple[Tensor, Tensor | None]:
+        """`W'` (out, in) and the bias under one adapter, float32 or wider, on the base layer's device."""
+        a = self.conditioned_A[adapter_name]
+        weight = self._out_in(original.weight).to(a.device, adapter_dtype(original.weight.dtype))
+        linear = self._linear_map(adapter_name, weight)
+        bias = original.bias
+        if bias is not None:
+            bias = bias.to(weight.device, weight.dtype)
+            bias = conditioned_bias(bias, linear) if self.conditions_bias[adapter_name] else bias
+        return conditioned_weight(weight, linear, a, self.scaling[adapter_name]), bias
+
+    @torch.no_grad()
+    def _write_merged(self, names: list[str], original: _Original, safe: bool) -> None:
+        """Write the original plus every adapter's difference from it; each is conditioned against the original."""
+        values = [self._conditioned_values(name, original) for name in names]
+        weight, bias = values[0]
+        for more_weight, more_bias in values[1:]:
+            weight = weight + (more_weight - self._out_in(original.weight).to(weight))
+            if bias is not None:
+                bias = bias + (more_bias - original.bias.to(bias))
+        if safe and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
+            broken = f"adapter {names[0]} seems" if len(names) == 1 else f"adapters {', '.join(names)} seem"
+            raise ValueError(f"NaNs detected in the merged weights. The {broken} to be broken")
+        base = self.get_base_layer()
+        base.weight.data.copy_(self._out_in(weight))
+        if bias is not None:
+            base.bias.data.copy_(bias)
