@@ -1,9 +1,11 @@
 """Imported first by every launcher, before anything that imports torch; standard library only.
 
 torch loads vendors' device extensions while it is imported, and a broken one ends the program there. A run that names
-the processor or an NVIDIA GPU needs none of them.
+the processor or an NVIDIA GPU needs none of them. And PEFT imports bitsandbytes where it is installed, which then tells
+what it could not load; the one line of an error should stand alone.
 """
 
+import logging
 import os
 import re
 import sys
@@ -21,3 +23,4 @@ def backend(arguments: list[str]) -> str:
 
 if re.fullmatch("cpu|cuda", backend(sys.argv[1:])):
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
