@@ -7,10 +7,10 @@ It does not serve
 - where the model goes on to write into the output, as `ReLU(inplace=True)` and `output += residual` do.
 
 Neither is seen for nothing. Looking at values waits for the device, so it must happen neither in every forward pass nor
-inside a compiled graph; and whether the output is written into shows only after the forward pass. So both are decided
-after every optimiser step, by a hook that looks at all layers at once, and the first step does without the output. A
-decision must not change between a forward pass and its recomputation under gradient checkpointing: the one says what
-the other keeps.
+inside a compiled graph: a hook looks at all layers at once after every optimiser step. And whether the output is
+written into shows only after the forward pass, so the first ones do without the output and watch. A decision must not
+change between a forward pass and its recomputation under gradient checkpointing, for the one says what the other keeps:
+what was seen counts after a backward pass, when no graph of the passes that were watched is left.
 """
 
 from __future__ import annotations
@@ -28,15 +28,45 @@ from sora_hw.ops import Keep
 SMALLEST_SCALE_FROM_OUTPUT = 0.1
 
 
+class _Graph:
+    """Lives in the autograd graph of one forward pass, and as long as that."""
+
+
+class _WatchedOutput:
+    """An output of the layer, without its memory: whether it was written into, and how far its pass has come."""
+
+    def __init__(self, output: Tensor):
+        self._witness = output.detach()  # shares the count of the output's changes
+        self._version = self._witness._version
+        self._witness.data = output.new_empty(0)
+        graph = output.grad_fn.metadata["sora_hw"] = _Graph()
+        self._graph = weakref.ref(graph)
+        self.had_gradient = False
+        output.register_hook(self._gradient_arrives)
+
+    def _gradient_arrives(self, gradient: Tensor) -> None:
+        self.had_gradient = True
+
+    @property
+    def has_graph(self) -> bool:
+        return self._graph() is not None
+
+    @property
+    def was_overwritten(self) -> bool:
+        return self._witness._version != self._version
+
+
 class Keeping:
     """The decisions of one layer. In a compiled graph nothing is written in place, so the output stays as it is."""
 
     def __init__(self):
         self.has_small_scale: dict[str, bool] = {}
         self._seen: dict[str, list[tuple[int, int]]] = {}
-        self._output_is_overwritten: bool | None = None  # unknown before the first training step
-        self._saw_overwriting = False
-        self._witness: tuple[Tensor, int] | None = None
+        self._output_is_overwritten: bool | None = None  # unknown at first
+        self._watched: list[_WatchedOutput] = []
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_watched": []}  # a copy has outputs of its own
 
     def add(self, adapter_name: str) -> None:
         """A new adapter, which starts as the identity or with values that will be looked at."""
@@ -53,31 +83,27 @@ class Keeping:
         if c is None or not (torch.is_grad_enabled() and c.requires_grad) or c.is_meta:
             return "output"
         compiling = torch.compiler.is_compiling()
-        # Between optimiser steps: values that were loaded, set by hand, or gathered anew from other ranks.
-        if not compiling and self._seen.get(adapter_name) != _state(parameters):
-            self.look(adapter_name, c, parameters)
+        if not compiling:
+            # Between optimiser steps: values that were loaded, set by hand, or gathered anew from other ranks.
+            if self._seen.get(adapter_name) != _state(parameters):
+                self.look(adapter_name, c, parameters)
+            if self._watched and not any(output.has_graph for output in self._watched):
+                self.learn()
         if self.has_small_scale[adapter_name]:
             return "base"
         return "output" if compiling or self._output_is_overwritten is False else "inputs"
 
     def watch_output(self, output: Tensor) -> None:
-        """See, in the first step, whether the model writes into the layer's output. Holds none of its memory."""
+        """See whether the model writes into the layer's output, until that is known. Holds none of its memory."""
         if self._output_is_overwritten is None and output.requires_grad and not torch.compiler.is_compiling():
-            self._look_at_witness()
-            witness = output.detach()  # shares the count of the output's changes
-            self._witness = witness, witness._version
-            witness.data = output.new_empty(0)
+            self._watched.append(_WatchedOutput(output))
 
     def learn(self) -> None:
-        """Take what the watched outputs of the first step have shown, now that it is over."""
-        if self._output_is_overwritten is None and self._witness is not None:
-            self._look_at_witness()
-            self._output_is_overwritten, self._witness = self._saw_overwriting, None
-
-    def _look_at_witness(self) -> None:
-        if self._witness is not None:
-            witness, version = self._witness
-            self._saw_overwriting |= witness._version != version
+        """Take what the watched outputs have shown, now that their passes are over."""
+        trained = [output.was_overwritten for output in self._watched if output.had_gradient]
+        if trained:
+            self._output_is_overwritten = any(trained)
+        self._watched.clear()
 
 
 class ScaledLayer(Protocol):

@@ -1,6 +1,7 @@
 """What is kept for the gradient of `c`: models that write into a layer's output, scales that become small, memory."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -104,6 +105,44 @@ def test_a_step_that_makes_a_scale_small_is_noticed():
     assert kept(layer, torch.randn(50, 24)) == {"other"}
 
 
+@pytest.mark.parametrize(("in_place", "expected"), [(False, {"output"}), (True, {"other"})])
+def test_it_is_learned_without_an_optimiser_once_the_graphs_are_gone(in_place, expected):
+    model = adapted("sora", in_place)
+    layer = model.base_model.model.up
+    x = torch.randn(50, 24)
+    loss = model(x).sum()
+    assert kept(layer, x) == {"other"}, "the first graph is still there, and might be computed again"
+    loss.backward()
+    del loss
+    model(x)
+    assert kept(layer, x) == expected
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_two_checkpointed_passes_before_their_backward_passes(in_place):
+    """The second forward pass may not decide anything that the recomputation of the first would follow."""
+
+    def gradients(model):
+        torch.manual_seed(3)
+        losses = [model(torch.randn(50, 24).requires_grad_()).square().sum() for _ in range(2)]
+        for loss in losses:
+            loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    wanted = gradients(adapted("sora"))
+    actual = gradients(adapted("sora", in_place, checkpointed=False))
+    assert all(torch.equal(a, w) for a, w in zip(actual, wanted, strict=True))
+
+
+def test_a_watched_layer_can_be_saved_and_copied():
+    model = adapted("sora")
+    y = model(torch.randn(50, 24))
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for same in copies:
+        assert torch.equal(same(torch.ones(3, 24)), model(torch.ones(3, 24)))
+    y.sum().backward()
+
+
 def test_a_copy_learns_for_itself():
     original = adapted("sora")
     model = copy.deepcopy(original)
@@ -115,7 +154,8 @@ def test_a_copy_learns_for_itself():
 def test_watching_holds_no_memory():
     layer = adapted("sora").base_model.model.up
     y = layer(torch.randn(50, 24))
-    witness, _ = layer.keeping._witness
+    (watched,) = layer.keeping._watched
+    witness = watched._witness
     assert witness.untyped_storage().nbytes() == 0
     y.data.add_(1)
     assert y.shape == (50, 40)
