@@ -94,15 +94,18 @@ class Keeping:
         return "output" if compiling or self._output_is_overwritten is False else "inputs"
 
     def watch_output(self, output: Tensor) -> None:
-        """See whether the model writes into the layer's output, until that is known. Holds none of its memory."""
-        if self._output_is_overwritten is None and output.requires_grad and not torch.compiler.is_compiling():
+        """See whether the model writes into the output of a pass that kept the inputs. Holds none of its memory."""
+        if self._output_is_overwritten is None:
             self._watched.append(_WatchedOutput(output))
 
     def learn(self) -> None:
         """Take what the watched outputs have shown, now that their passes are over."""
-        trained = [output.was_overwritten for output in self._watched if output.had_gradient]
-        if trained:
-            self._output_is_overwritten = any(trained)
+        if any(output.was_overwritten for output in self._watched):
+            self._output_is_overwritten = True
+        elif any(
+            output.had_gradient for output in self._watched
+        ):  # a pass without shows nothing: it may be half a model
+            self._output_is_overwritten = False
         self._watched.clear()
 
 

@@ -184,7 +184,8 @@ class ConditionedLinear(nn.Module, Merges):
         base = self.base_layer(x, *args, **kwargs)
         outputs = [path.output(base) for path in paths]
         if len(outputs) == 1:
-            self.keeping.watch_output(outputs[0])
+            if paths[0].keep == "inputs":
+                self.keeping.watch_output(outputs[0])
             return outputs[0]
         result = base
         for output in outputs:

@@ -119,6 +119,18 @@ def test_it_is_learned_without_an_optimiser_once_the_graphs_are_gone(in_place, e
 
 
 @pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("shape", [(50, 24), (5, 10, 24)])
+def test_what_was_seen_in_rows_and_in_sequences_of_rows(in_place, shape):
+    model = adapted("sora", in_place)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    for _ in range(2):
+        model(torch.randn(shape)).sum().backward()
+        optimiser.step()
+    for layer in (model.base_model.model.up, model.base_model.model.down):
+        assert layer.keeping._output_is_overwritten is in_place
+
+
+@pytest.mark.parametrize("in_place", [False, True])
 def test_two_checkpointed_passes_before_their_backward_passes(in_place):
     """The second forward pass may not decide anything that the recomputation of the first would follow."""
 
@@ -149,6 +161,17 @@ def test_a_copy_learns_for_itself():
     steps(model, 1)
     assert kept(model.base_model.model.up, torch.randn(50, 24)) == {"output"}
     assert kept(original.base_model.model.up, torch.randn(50, 24)) == {"other"}
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_nothing_piles_up_where_nothing_is_to_be_learned(method):
+    """Many passes without an optimiser: inference with gradients, and backward passes whose graphs are dropped."""
+    model = adapted(method)
+    for _ in range(20):
+        model(torch.randn(50, 24))
+    for _ in range(20):
+        model(torch.randn(50, 24)).sum().backward()
+    assert len(model.base_model.model.up.keeping._watched) <= 1
 
 
 def test_watching_holds_no_memory():
