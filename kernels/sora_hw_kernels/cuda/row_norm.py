@@ -61,7 +61,7 @@ def row_norm_tiles(rank: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the kernel: `rows` of the weight, few, so that a small one fills the card; `features` of its inputs."""
     tile = rank_tile(rank, largest=RANK_TILES[-1])
     if tile == 128:
-        return Tiles(rows=16, features=32, rank=tile, warps=4, stages=2)
+        return Tiles(rows=16, features=64, rank=tile, warps=8, stages=2)
     wide = tile <= 32 and dtype != torch.float32
     return Tiles(rows=16, features=128 if wide else 64, rank=tile, warps=4, stages=3)
 
