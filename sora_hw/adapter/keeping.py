@@ -102,9 +102,8 @@ class Keeping:
         """Take what the watched outputs have shown, now that their passes are over."""
         if any(output.was_overwritten for output in self._watched):
             self._output_is_overwritten = True
-        elif any(
-            output.had_gradient for output in self._watched
-        ):  # a pass without shows nothing: it may be half a model
+        # A pass without a gradient shows nothing: it may have been half a model.
+        elif any(output.had_gradient for output in self._watched):
             self._output_is_overwritten = False
         self._watched.clear()
 

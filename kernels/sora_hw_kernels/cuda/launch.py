@@ -31,7 +31,7 @@ class Tiles:
 
 def rank_tile(rank: int, largest: int) -> int:
     """The smallest tile that holds the rank, or the largest there is."""
-    return next((tile for tile in RANK_TILES if tile >= rank), largest) if rank <= largest else largest
+    return next((tile for tile in RANK_TILES if rank <= tile <= largest), largest)
 
 
 def taken(rows: Tensor, *coefficients: Tensor | None) -> bool:
