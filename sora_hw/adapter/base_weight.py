@@ -1,9 +1,11 @@
-"""Reading the frozen weight of a base layer: as it is stored, gathered where ZeRO-3 has sharded it, and its norm."""
+"""Reading the frozen weight of a base layer: as it is stored, gathered where ZeRO-3 has sharded it, and what is kept
+of it: the norm of its rows, and the product of a rotation's directions with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,10 +13,19 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 
+class KeptProduct(NamedTuple):
+    """`Q^T W0` of one adapter and what it came from: `Q`, and the states of the parameters and of the weight."""
+
+    value: Tensor
+    q: Tensor
+    state: object
+
+
 class ReadsBaseWeight(BaseTunerLayer):
     """A layer around a base layer whose weight it reads, stored as (in, out) where `fan_in_fan_out` says so."""
 
     fan_in_fan_out: bool
+    kept_products: dict[str, KeptProduct]
     _norm_squared: tuple[object, Tensor] | None = None
 
     def _stored_weight(self) -> Tensor:
@@ -58,6 +69,49 @@ class ReadsBaseWeight(BaseTunerLayer):
         if kept is None or kept[0] != key or stored.requires_grad:
             self._norm_squared = (key, row_norm_squared(weight))
         return self._norm_squared[1]
+
+    def _product_with_base(self, adapter_name: str, q: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """`Q^T W0`, (k, in), of an adapter's `q` (out, k), in the dtype of the weight, which must be readable.
+
+        It costs a read of the whole weight, so it is kept where it can be known, without waiting for the device, to be
+        the same: on the processor by comparing `q`; elsewhere in the recomputation of a checkpointed forward pass,
+        since parameters may not change before its backward pass is over. Versions alone would not tell: DeepSpeed and
+        moving averages write into parameters through `.data`.
+        """
+        weight = self._stored_weight()
+        plain = type(q) is Tensor and not (q.is_inference() or weight.is_inference())
+        if torch.compiler.is_compiling() or weight.requires_grad or not plain:
+            return q.t().to(weight.dtype) @ weight
+        kept, state = self.kept_products.get(adapter_name), tensor_states([weight, *parameters])
+        if kept is not None and kept.state == state and (torch.equal(kept.q, q) if q.is_cpu else _in_backward()):
+            return _Kept.apply(q, weight, kept.value)
+        product = q.t().to(weight.dtype) @ weight
+        self.kept_products[adapter_name] = KeptProduct(product.detach(), q.detach(), state)
+        return product
+
+
+class _Kept(torch.autograd.Function):
+    """`value = q^T W0` without computing it, with the gradient of `q`."""
+
+    @staticmethod
+    def forward(ctx, q, weight, value):
+        ctx.save_for_backward(weight)
+        ctx.dtype = q.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return (weight @ gradient.t()).to(ctx.dtype), None, None
+
+
+def tensor_states(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Changes with the tensors' values, unless they are written through `.data`."""
+    return [(t.data_ptr(), t._version) for t in tensors]
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_whole(t: Tensor) -> bool:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sora_hw.adapter.base_weight import tensor_states
 from sora_hw.ops import Keep
 
 SMALLEST_SCALE_FROM_OUTPUT = 0.1
@@ -75,7 +76,7 @@ class Keeping:
 
     def look(self, adapter_name: str, c: Tensor, parameters: Sequence[Tensor]) -> None:
         """Look at the values of `c`, which come from these parameters."""
-        self._seen[adapter_name] = _state(parameters)
+        self._seen[adapter_name] = tensor_states(parameters)
         self.has_small_scale[adapter_name] = bool(c.detach().abs().min() < SMALLEST_SCALE_FROM_OUTPUT)
 
     def keep(self, adapter_name: str, c: Tensor | None, parameters: Sequence[Tensor]) -> Keep:
@@ -85,7 +86,7 @@ class Keeping:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             # Between optimiser steps: values that were loaded, set by hand, or gathered anew from other ranks.
-            if self._seen.get(adapter_name) != _state(parameters):
+            if self._seen.get(adapter_name) != tensor_states(parameters):
                 self.look(adapter_name, c, parameters)
             if self._watched and not any(output.has_graph for output in self._watched):
                 self.learn()
@@ -135,8 +136,3 @@ def _look(*_) -> None:
         keeping.look(*scale)
     for layer in _layers:
         layer.keeping.learn()
-
-
-def _state(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Changes with the parameters' values, unless they are written through `.data`."""
-    return [(p.data_ptr(), p._version) for p in parameters]

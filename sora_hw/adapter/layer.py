@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_hw import ops
-from sora_hw.adapter.base_weight import adapter_dtype, is_whole, row_norm_squared
+from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, is_whole, row_norm_squared
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.keeping import Keeping, look_after_steps
 from sora_hw.adapter.merging import Merges
@@ -64,7 +64,7 @@ class ConditionedLinear(nn.Module, Merges):
     """
 
     adapter_layer_names = tuple(f"conditioned_{name}" for name in PARAMETER_NAMES)
-    other_param_names = ("r", "scaling", "conditioning", "conditions_bias", "conditioned_dropout")
+    other_param_names = ("r", "scaling", "conditioning", "conditions_bias", "conditioned_dropout", "kept_products")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: ConditionedConfig, fan_in_fan_out: bool = False
@@ -81,6 +81,7 @@ class ConditionedLinear(nn.Module, Merges):
         self.conditioning: dict[str, Conditioning] = {}
         self.conditions_bias: dict[str, bool] = {}
         self.merged_adapters: list[str] = []
+        self.kept_products: dict[str, KeptProduct] = {}
         self.keeping = Keeping()
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -197,14 +198,14 @@ class ConditionedLinear(nn.Module, Merges):
         dtype = _compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             linear = self._linear_map(adapter_name)
+            parameters = list(self.adapter_parameters(adapter_name).values())
             rows = self.scaling[adapter_name] * self.conditioned_A[adapter_name]
             dropout = self.conditioned_dropout[adapter_name]
             reads_output = linear.q is not None and self._rotation_reads_output(x)
             if linear.q is None or reads_output:
                 x, z = _product(x, rows, dropout, dtype)
             else:
-                weight = self._stored_weight()
-                probe = linear.q.t().to(weight.dtype) @ weight
+                probe = self._product_with_base(adapter_name, linear.q, parameters)
                 if isinstance(dropout, nn.Identity) or not self.training:
                     x, z = _product(x, torch.cat([rows.to(probe.dtype), probe]), _NO_DROPOUT, dtype)
                 else:
@@ -212,7 +213,6 @@ class ConditionedLinear(nn.Module, Merges):
                     x, turned = _product(x, probe, _NO_DROPOUT, dtype)
                     z = torch.cat([dropped, turned], dim=-1)
             bias = self._missing_bias(adapter_name, linear, reads_output)
-        parameters = list(self.adapter_parameters(adapter_name).values())
         keep = self.keeping.keep(adapter_name, linear.c, parameters)
         return x, _LowRankPath(linear, z, bias, reads_output, keep)
 
