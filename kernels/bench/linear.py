@@ -2,10 +2,10 @@
 
     python kernels/bench/linear.py [--device cpu|cuda] [--passes both forward backward inference] [--dtypes ...]
                                    [--shapes 4096x14336 block ...] [--rows ...] [--ranks ...] [--rotation-ranks ...]
-                                   [--compiled] [--json FILE] [--chart FILE]
+                                   [--[no-]compiled] [--json FILE] [--chart FILE]
 
-Without options: on a processor N = 2048 and 512, in = out = 2048, one thread; on a GPU the shapes of LLaMA3-8B, and
-`block`, the seven layers of one of its blocks in turn. Two threads on a shared machine would measure its scheduler. The
+Without options: on a processor N = 2048 and 512, in = out = 2048, one thread; on a GPU the shapes of LLaMA3-8B and
+`block`, the seven layers of one of its blocks in turn, in the whole grid of `GPU` below, compiled too. Two threads on a shared machine would measure its scheduler. The
 rows rotate over several buffers, so that no pass meets its input in a cache where training would not.
 """
 
@@ -33,8 +33,24 @@ BUFFERS = 4
 # LLaMA3-8B: q and o, k and v, gate and up, down.
 SHAPES = ["4096x4096", "4096x1024", "4096x14336", "14336x4096"]
 BLOCK = [0, 1, 1, 0, 2, 2, 3]  # q, k, v, o, gate, up, down
-GPU = {"shapes": [*SHAPES, "block"], "rows": [512, 2048, 8192], "dtypes": ["bfloat16"]}
-CPU = {"shapes": ["2048x2048"], "rows": [2048, 512], "dtypes": ["float32", "bfloat16"]}
+GPU = {
+    "shapes": [*SHAPES, "block"],
+    "rows": [512, 2048, 8192],
+    "dtypes": ["bfloat16"],
+    "passes": ["both", "forward", "backward"],
+    "ranks": [16, 64],
+    "rotation_ranks": [1, 16],
+    "compiled": True,
+}
+CPU = {
+    "shapes": ["2048x2048"],
+    "rows": [2048, 512],
+    "dtypes": ["float32", "bfloat16"],
+    "passes": ["both"],
+    "ranks": [16],
+    "rotation_ranks": [1],
+    "compiled": False,
+}
 
 
 def main() -> None:
@@ -166,13 +182,13 @@ def parse() -> argparse.Namespace:
     found = torch.accelerator.current_accelerator(check_available=True)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=found.type if found else "cpu")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=["both"])
+    parser.add_argument("--passes", nargs="+", choices=PASSES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--shapes", nargs="+", help="in x out, as 4096x1024")
     parser.add_argument("--rows", type=int, nargs="+", help="tokens N")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
-    parser.add_argument("--rotation-ranks", type=int, nargs="+", default=[1])
-    parser.add_argument("--compiled", action="store_true", help="ours under torch.compile as well")
+    parser.add_argument("--ranks", type=int, nargs="+")
+    parser.add_argument("--rotation-ranks", type=int, nargs="+")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, help="ours under torch.compile as well")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=11, help="rounds, after two to warm up")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
