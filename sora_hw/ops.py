@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ENTRY_POINT_GROUP = "sora_hw.kernels"
 
@@ -26,7 +27,6 @@ ENTRY_POINT_GROUP = "sora_hw.kernels"
 # - "base", the base product, for a `scale` that comes near zero: nothing is divided.
 Keep = Literal["output", "inputs", "base"]
 
-torch.library.define("sora_hw::skinny_product", "(Tensor x, Tensor a) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define(
     "sora_hw::input_gradient",
     "(Tensor grad, Tensor dz, Tensor a, Tensor? mask, float mask_scale) -> Tensor",
@@ -34,7 +34,7 @@ torch.library.define(
 )
 torch.library.define(
     "sora_hw::scale_rank_update",
-    "(Tensor base, Tensor? scale, Tensor z, Tensor b, Tensor? bias, str keep) -> Tensor",
+    "(Tensor base, Tensor? scale, Tensor z, Tensor b, Tensor? bias) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -57,7 +57,7 @@ def skinny_product(x: Tensor, a: Tensor) -> Tensor:
     it is fastest (bfloat16, R = 18, x86-64 server part: 2.8 times), so `z` is laid out feature by feature. The
     gradient of `x` is a tensor of its own, which autograd adds to in place.
     """
-    return torch.ops.sora_hw.skinny_product(x, a.to(x.dtype))
+    return _SkinnyProduct.apply(x, a.to(x.dtype))
 
 
 def low_rank_input(x: Tensor, a: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -95,9 +95,7 @@ def scale_rank_update(
     Returns:
         (..., out).
     """
-    shape = base.shape
-    y = torch.ops.sora_hw.scale_rank_update(base.flatten(0, -2), scale, z.flatten(0, -2), b, bias, keep)
-    return y.view(shape)
+    return _ScaleRankUpdate.apply(base.flatten(0, -2), scale, z.flatten(0, -2), b, bias, keep).view(base.shape)
 
 
 def factored_row_norm(weight: Tensor, norm_squared: Tensor, scale: Tensor | None, b: Tensor, a: Tensor) -> Tensor:
@@ -119,24 +117,13 @@ def factored_row_norm(weight: Tensor, norm_squared: Tensor, scale: Tensor | None
     return torch.ops.sora_hw.factored_row_norm(weight, norm_squared, scale, b, a)
 
 
-@torch.library.impl("sora_hw::skinny_product", "CompositeExplicitAutograd")
-def _(x, a):
-    return (a @ x.reshape(-1, x.shape[-1]).t()).t().unflatten(0, x.shape[:-1])
-
-
-@torch.library.register_fake("sora_hw::skinny_product")
-def _(x, a):
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(a.shape[0], rows).t().unflatten(0, x.shape[:-1])
-
-
 @torch.library.register_fake("sora_hw::input_gradient")
 def _(grad, dz, a, mask, mask_scale):
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("sora_hw::scale_rank_update")
-def _(base, scale, z, b, bias, keep):
+def _(base, scale, z, b, bias):
     return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
@@ -167,32 +154,38 @@ def empty_gradients(
     )
 
 
-def _skinny_setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+# The gradients are written as `torch.autograd.Function`, not registered with the operators: a layer costs a handful of
+# these calls, and a registered one takes 30 us longer, as much as a whole low-rank layer elsewhere.
+def _product(x: Tensor, a: Tensor) -> Tensor:
+    return (a @ x.reshape(-1, x.shape[-1]).t()).t().unflatten(0, x.shape[:-1])
 
 
-def _skinny_backward(ctx, dz):
-    x, a = ctx.saved_tensors
-    dx = torch.matmul(dz, a) if ctx.needs_input_grad[0] else None
-    da = dz.flatten(0, -2).t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-    return dx, da
+class _SkinnyProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a):
+        ctx.save_for_backward(x, a)
+        return _product(x, a)
 
-
-torch.library.register_autograd("sora_hw::skinny_product", _skinny_backward, setup_context=_skinny_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        x, a = ctx.saved_tensors
+        dx = torch.matmul(dz, a) if ctx.needs_input_grad[0] else None
+        da = dz.flatten(0, -2).t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return dx, da
 
 
 class _LowRankInput(torch.autograd.Function):
-    """Not a `torch.library` operator, because it returns its input: those may not."""
-
     @staticmethod
     def forward(ctx, x, a, dropout):
         ctx.mask_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
         dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
         ctx.save_for_backward(dropped, a, mask)
         ctx.set_materialize_grads(False)
-        return x.view_as(x), torch.ops.sora_hw.skinny_product(dropped, a)
+        return x.view_as(x), _product(dropped, a)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dx, dz):
         if dz is None:
             return dx, None, None
@@ -206,29 +199,31 @@ class _LowRankInput(torch.autograd.Function):
         return dx, da, None
 
 
-def _setup_context(ctx, inputs, output):
-    base, scale, z, b, bias, ctx.keep = inputs
-    kept = output if ctx.keep == "output" else base
-    saved = z if scale is None else kept  # only the gradient of `scale` needs one of the two
-    ctx.save_for_backward(saved, scale, z, b, bias)
+class _ScaleRankUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, base, scale, z, b, bias, keep):
+        y = torch.ops.sora_hw.scale_rank_update(base, scale, z, b, bias)
+        ctx.keep = keep
+        # Only the gradient of `scale` needs the base product or the output.
+        saved = z if scale is None else y if keep == "output" else base
+        ctx.save_for_backward(saved, scale, z, b, bias)
+        return y
 
-
-def _backward(ctx, grad):
-    saved, scale, z, b, bias = ctx.saved_tensors
-    need_base = ctx.needs_input_grad[0]
-    if ctx.keep == "inputs" and scale is not None:
-        saved = torch.ops.sora_hw.scale_rank_update(saved, scale, z, b, bias, ctx.keep)
-    dbase, dz, db, dscale, dbias = torch.ops.sora_hw.scale_rank_update_backward(
-        grad, saved, scale, z, b, bias, ctx.keep == "base", need_base
-    )
-    if scale is None:
-        dbase, dscale = grad, None
-    if bias is None:
-        dbias = None
-    return dbase if need_base else None, dscale, dz, db, dbias, None
-
-
-torch.library.register_autograd("sora_hw::scale_rank_update", _backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved, scale, z, b, bias = ctx.saved_tensors
+        need_base = ctx.needs_input_grad[0]
+        if ctx.keep == "inputs" and scale is not None:
+            saved = torch.ops.sora_hw.scale_rank_update(saved, scale, z, b, bias)
+        dbase, dz, db, dscale, dbias = torch.ops.sora_hw.scale_rank_update_backward(
+            grad, saved, scale, z, b, bias, ctx.keep == "base", need_base
+        )
+        if scale is None:
+            dbase, dscale = grad, None
+        if bias is None:
+            dbias = None
+        return dbase if need_base else None, dscale, dz, db, dbias, None
 
 
 @dataclass(frozen=True)

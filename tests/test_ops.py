@@ -119,27 +119,34 @@ def test_the_low_rank_input_where_one_side_has_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("scale", "bias"), [(True, True), (True, False), (False, False)])
 def test_opcheck(dtype, scale, bias):
-    base, c, z, b, bias_ = inputs(dtype, scale=scale, bias=bias)
-    for keep in KEEP:
-        torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (base, c, z, b, bias_, keep))
-    detached = [None if t is None else t.detach() for t in (c, z, b, bias_)]
+    base, *others = [None if t is None else t.detach() for t in inputs(dtype, scale=scale, bias=bias)]
+    torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (base, *others))
     for saved_base, need_base in itertools.product([True, False], repeat=2):
-        args = (base.detach(), base.detach(), *detached, saved_base, need_base)
+        args = (base, base, *others, saved_base, need_base)
         torch.library.opcheck(torch.ops.sora_hw.scale_rank_update_backward, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck_of_the_product_and_the_norm(dtype):
-    x, a = torch.randn(2, 7, 16, dtype=dtype), torch.randn(3, 16, dtype=dtype)
-    torch.library.opcheck(torch.ops.sora_hw.skinny_product, (x.requires_grad_(), a.requires_grad_()))
+def test_opcheck_of_the_input_gradient_and_the_norm(dtype):
+    a = torch.randn(3, 16, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
     grad, dz = torch.randn(7, 16, dtype=dtype), torch.randn(7, 3, dtype=dtype)
     for mask in (None, torch.rand(7, 16) > 0.5):
-        torch.library.opcheck(torch.ops.sora_hw.input_gradient, (grad, dz, a.detach(), mask, 2.0))
+        torch.library.opcheck(torch.ops.sora_hw.input_gradient, (grad, dz, a, mask, 2.0))
     weight, b = torch.randn(9, 16, dtype=dtype), torch.randn(9, 3, dtype=wide)
     norm_squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
     for c in (None, torch.rand(9, dtype=wide)):
-        torch.library.opcheck(torch.ops.sora_hw.factored_row_norm, (weight, norm_squared, c, b, a.detach().to(wide)))
+        torch.library.opcheck(torch.ops.sora_hw.factored_row_norm, (weight, norm_squared, c, b, a.to(wide)))
+
+
+def test_gradients_of_gradients_are_refused():
+    base, c, z, b, bias = inputs(torch.float64)
+    x, a = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), (2, 6)))
+    for y in (ops.scale_rank_update(base, c, z, b, bias), ops.skinny_product(x, a), ops.low_rank_input(x, a)[1]):
+        leaf = x if y.shape == (4, 2) else base
+        (gradient,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def test_no_rows_give_no_rows_and_zero_gradients():

@@ -79,8 +79,7 @@ class ReadsBaseWeight(BaseTunerLayer):
         moving averages write into parameters through `.data`.
         """
         weight = self._stored_weight()
-        plain = type(q) is Tensor and not (q.is_inference() or weight.is_inference())
-        if torch.compiler.is_compiling() or weight.requires_grad or not plain:
+        if torch.compiler.is_compiling() or weight.requires_grad or not (_can_be_kept(q) and _can_be_kept(weight)):
             return q.t().to(weight.dtype) @ weight
         kept, state = self.kept_products.get(adapter_name), tensor_states([weight, *parameters])
         if kept is not None and kept.state == state and (torch.equal(kept.q, q) if q.is_cpu else _in_backward()):
@@ -108,6 +107,11 @@ class _Kept(torch.autograd.Function):
 def tensor_states(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Changes with the tensors' values, unless they are written through `.data`."""
     return [(t.data_ptr(), t._version) for t in tensors]
+
+
+def _can_be_kept(t: Tensor) -> bool:
+    """Whether a tensor has values and a version: neither a stand-in without values nor of inference mode."""
+    return type(t) in (Tensor, nn.Parameter) and not t.is_inference()
 
 
 def _in_backward() -> bool:

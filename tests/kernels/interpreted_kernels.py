@@ -44,7 +44,7 @@ def double(*tensors):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_forward(dtype, shape, scale, bias, strided):
     args = inputs(dtype, *shape, scale, bias, strided)
-    y = scale_rank.forward(*args, "output")
+    y = scale_rank.forward(*args)
     base, c, z, b, bias_ = double(*args)
     assert y.dtype == dtype and y.is_contiguous()
     close(y, base * (1 if c is None else c) + z @ b.T + (0 if bias_ is None else bias_), dtype)
@@ -71,7 +71,7 @@ def test_backward(dtype, shape, scale, bias, saved_base, strided):
     grad, c, z, b, bias_ = inputs(dtype, *shape, scale, bias, strided)
     base = inputs(dtype, *shape, scale, bias, strided, seed=1)[0]
     # The output is given in the rows' dtype, as the forward pass stores it.
-    saved = base if saved_base else scale_rank.forward(base, c, z, b, bias_, "output")
+    saved = base if saved_base else scale_rank.forward(base, c, z, b, bias_)
     dbase, dz, db, dc, dbias = scale_rank.backward(grad, saved, c, z, b, bias_, saved_base, True)
 
     g, s, c64, z64, b64, bias64 = double(grad, saved, c, z, b, bias_)
@@ -111,7 +111,7 @@ def test_a_gradient_that_autograd_expanded():
 @pytest.mark.parametrize("shape", [(0, 33, 5), (0, 0, 1)])
 def test_no_rows(shape):
     args = inputs(torch.float32, *shape, True, True, False)
-    assert scale_rank.forward(*args, "output").shape == shape[:2]
+    assert scale_rank.forward(*args).shape == shape[:2]
     gradients = scale_rank.backward(args[0], args[0], *args[1:], False, True)
     assert [t.shape for t in gradients] == [t.shape for t in (*args[:1], args[2], args[3], args[1], args[4])]
     assert not any(t.any() for t in gradients)
@@ -119,9 +119,9 @@ def test_no_rows(shape):
 
 def test_float64_and_half_coefficients_are_left_to_the_composition():
     base, c, z, b, bias = (t.double() for t in inputs(torch.float32, 20, 30, 4, True, True, False))
-    y = scale_rank.forward(base, c, z, b, bias, "output")
+    y = scale_rank.forward(base, c, z, b, bias)
     assert (y - (base * c + z @ b.T + bias)).abs().max() < 1e-13
-    half = scale_rank.forward(base.float(), c.half(), z.float(), b.float(), None, "output")
+    half = scale_rank.forward(base.float(), c.half(), z.float(), b.float(), None)
     assert (half.double() - (base * c.half() + z @ b.T)).abs().max() < 1e-5
 
 

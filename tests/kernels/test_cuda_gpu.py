@@ -82,7 +82,7 @@ def test_the_low_rank_input(dtype, dropout):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_opcheck(dtype):
     base, c, z, b, b0 = inputs(dtype, 70, 300, 18)
-    torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (base, c, z, b, b0, "output"))
+    torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (base, c, z, b, b0))
     args = [t.detach() for t in (base, base, c, z, b, b0)]
     torch.library.opcheck(torch.ops.sora_hw.scale_rank_update_backward, (*args, False, True))
     grad, dz, a = torch.randn(70, 64), torch.randn(70, 3), torch.randn(3, 64)

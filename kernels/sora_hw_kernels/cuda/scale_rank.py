@@ -187,10 +187,10 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, keep: str) -> Tensor:
-    """(N, out); see `sora_hw.ops.scale_rank_update`. `keep` concerns autograd only."""
+def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, out); see `sora_hw.ops.scale_rank_update`."""
     if not taken(base, scale, bias):
-        return reference.forward(base, scale, z, b, bias, keep)
+        return reference.forward(base, scale, z, b, bias)
     return _update(base, z, b, scale=scale, bias=bias)
 
 

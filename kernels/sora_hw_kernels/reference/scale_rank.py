@@ -17,8 +17,8 @@ from sora_hw.ops import empty_gradients
 _BLOCK_BYTES = 1024 * 1024
 
 
-def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, keep: str) -> Tensor:
-    """(N, out); see `sora_hw.ops.scale_rank_update`. `keep` concerns autograd only."""
+def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, out); see `sora_hw.ops.scale_rank_update`."""
     dtype = torch.promote_types(base.dtype, torch.float32)
     y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     z_wide, b_t = z.to(dtype), b.to(dtype).t()
