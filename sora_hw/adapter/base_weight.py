@@ -3,7 +3,7 @@ of it: the norm of its rows, and the product of a rotation's directions with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ class ReadsBaseWeight(BaseTunerLayer):
             self._norm_squared = (key, row_norm_squared(weight))
         return self._norm_squared[1]
 
-    def _product_with_base(self, adapter_name: str, q: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    def _product_with_base(self, adapter_name: str, q: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         """`Q^T W0`, (k, in), of an adapter's `q` (out, k), in the dtype of the weight, which must be readable.
 
         It costs a read of the whole weight, so it is kept where it can be known, without waiting for the device, to be
@@ -104,7 +104,7 @@ class _Kept(torch.autograd.Function):
         return (weight @ gradient.t()).to(ctx.dtype), None, None
 
 
-def tensor_states(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+def tensor_states(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Changes with the tensors' values, unless they are written through `.data`."""
     return [(t.data_ptr(), t._version) for t in tensors]
 

@@ -16,7 +16,7 @@ what was seen counts after a backward pass, when no graph of the passes that wer
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -74,12 +74,12 @@ class Keeping:
         self.has_small_scale[adapter_name] = False
         self._seen.pop(adapter_name, None)
 
-    def look(self, adapter_name: str, c: Tensor, parameters: Sequence[Tensor]) -> None:
+    def look(self, adapter_name: str, c: Tensor, parameters: Iterable[Tensor]) -> None:
         """Look at the values of `c`, which come from these parameters."""
         self._seen[adapter_name] = tensor_states(parameters)
         self.has_small_scale[adapter_name] = bool(c.detach().abs().min() < SMALLEST_SCALE_FROM_OUTPUT)
 
-    def keep(self, adapter_name: str, c: Tensor | None, parameters: Sequence[Tensor]) -> Keep:
+    def keep(self, adapter_name: str, c: Tensor | None, parameters: Iterable[Tensor]) -> Keep:
         """What this forward pass keeps."""
         if c is None or not (torch.is_grad_enabled() and c.requires_grad) or c.is_meta:
             return "output"
@@ -114,7 +114,7 @@ class ScaledLayer(Protocol):
 
     keeping: Keeping
 
-    def trained_scales(self) -> Iterator[tuple[str, Tensor, Sequence[Tensor]]]:
+    def trained_scales(self) -> Iterator[tuple[str, Tensor, Iterable[Tensor]]]:
         """Name, `c` (out,) and parameters of each adapter that is being trained and lies on this rank as a whole."""
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ class _LowRankPath(NamedTuple):
         """The layer's output under this adapter from `base`, the base layer's output with its bias."""
         c, b, q = self.linear
         z = self.z.to(base.dtype)
-        with torch.autocast(base.device.type, enabled=False):
+        with _without_autocast(base.device.type):
             if self.reads_output:
                 z = torch.cat([z, ops.skinny_product(base, q.t())], dim=-1)
             return ops.scale_rank_update(base, c, z, b, self.bias, keep=self.keep)
@@ -196,16 +196,16 @@ class ConditionedLinear(nn.Module, Merges):
     def _low_rank_path(self, adapter_name: str, x: Tensor) -> tuple[Tensor, _LowRankPath]:
         """What an adapter takes from the input, and the `x` to go on with (`sora_hw.ops.low_rank_input`)."""
         dtype = _compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
-            linear = self._linear_map(adapter_name)
-            parameters = list(self.adapter_parameters(adapter_name).values())
-            rows = self.scaling[adapter_name] * self.conditioned_A[adapter_name]
+        p = self.adapter_parameters(adapter_name)
+        with _without_autocast(x.device.type):
+            linear = self._linear_map(adapter_name, p)
+            rows = self.scaling[adapter_name] * p["A"]
             dropout = self.conditioned_dropout[adapter_name]
             reads_output = linear.q is not None and self._rotation_reads_output(x)
             if linear.q is None or reads_output:
                 x, z = _product(x, rows, dropout, dtype)
             else:
-                probe = self._product_with_base(adapter_name, linear.q, parameters)
+                probe = self._product_with_base(adapter_name, linear.q, p.values())
                 if isinstance(dropout, nn.Identity) or not self.training:
                     x, z = _product(x, torch.cat([rows.to(probe.dtype), probe]), _NO_DROPOUT, dtype)
                 else:
@@ -213,7 +213,7 @@ class ConditionedLinear(nn.Module, Merges):
                     x, turned = _product(x, probe, _NO_DROPOUT, dtype)
                     z = torch.cat([dropped, turned], dim=-1)
             bias = self._missing_bias(adapter_name, linear, reads_output)
-        keep = self.keeping.keep(adapter_name, linear.c, parameters)
+        keep = self.keeping.keep(adapter_name, linear.c, p.values())
         return x, _LowRankPath(linear, z, bias, reads_output, keep)
 
     def _rotation_reads_output(self, x: Tensor) -> bool:
@@ -227,16 +227,16 @@ class ConditionedLinear(nn.Module, Merges):
         generates = not self.training and not torch.is_grad_enabled()
         return not self._weight_is_readable() or (generates and x.numel() < self.in_features**2)
 
-    def trained_scales(self) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    def trained_scales(self) -> Iterator[tuple[str, Tensor, Iterable[Tensor]]]:
         """See `sora_hw.adapter.keeping.ScaledLayer`."""
         for name in self.conditioned_A:
-            parameters = list(self.adapter_parameters(name).values())
-            trained = any(p.requires_grad for p in parameters) and self.conditioning[name].scales
-            here = all(is_whole(p) and not p.is_meta for p in parameters)
+            p = self.adapter_parameters(name)
+            trained = any(value.requires_grad for value in p.values()) and self.conditioning[name].scales
+            here = all(is_whole(value) and not value.is_meta for value in p.values())
             reads_weight = self.conditioning[name].post == "magnitude"
             if trained and here and (self._weight_is_readable() or not reads_weight):
                 with torch.no_grad():
-                    yield name, self._linear_map(name).c, parameters
+                    yield name, self._linear_map(name, p).c, p.values()
 
     def _missing_bias(self, adapter_name: str, linear: LinearMap, reads_output: bool) -> Tensor | None:
         """What the update must add so that the result has the bias it should, (out,), or None.
@@ -251,8 +251,8 @@ class ConditionedLinear(nn.Module, Merges):
         wanted = turned if self.conditions_bias[adapter_name] else b0
         return None if wanted is present else wanted - present
 
-    def _linear_map(self, adapter_name: str, weight: Tensor | None = None) -> LinearMap:
-        """The coefficients of an adapter, on the base weight or on the `weight` (out, in) given."""
+    def _linear_map(self, adapter_name: str, p: dict[str, Tensor], weight: Tensor | None = None) -> LinearMap:
+        """The coefficients of an adapter with parameters `p`, on the base weight or on the `weight` (out, in) given."""
 
         @contextmanager
         def the_weight() -> Iterator[Tensor]:
@@ -273,7 +273,7 @@ class ConditionedLinear(nn.Module, Merges):
 
         return linear_map(
             self.conditioning[adapter_name],
-            self.adapter_parameters(adapter_name),
+            p,
             self.scaling[adapter_name],
             row_norm,
             pull_back,
@@ -288,6 +288,13 @@ def _features(base: nn.Module) -> tuple[int, int]:
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     return base.nx, base.nf
+
+
+def _without_autocast(device_type: str):
+    """What runs within computes in the dtypes that it is given."""
+    # To leave autocast where it is not on costs as much as the launch of several kernels.
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -109,14 +109,14 @@ class Merges(ReadsBaseWeight):
 
     def _conditioned_values(self, adapter_name: str, original: _Original) -> tuple[Tensor, Tensor | None]:
         """`W'` (out, in) and the bias under one adapter, float32 or wider, on the base layer's device."""
-        a = self.conditioned_A[adapter_name]
-        weight = self._out_in(original.weight).to(a.device, adapter_dtype(original.weight.dtype))
-        linear = self._linear_map(adapter_name, weight)
+        p = self.adapter_parameters(adapter_name)
+        weight = self._out_in(original.weight).to(p["A"].device, adapter_dtype(original.weight.dtype))
+        linear = self._linear_map(adapter_name, p, weight)
         bias = original.bias
         if bias is not None:
             bias = bias.to(weight.device, weight.dtype)
             bias = conditioned_bias(bias, linear) if self.conditions_bias[adapter_name] else bias
-        return conditioned_weight(weight, linear, a, self.scaling[adapter_name]), bias
+        return conditioned_weight(weight, linear, p["A"], self.scaling[adapter_name]), bias
 
     @torch.no_grad()
     def _write_merged(self, names: list[str], original: _Original, safe: bool) -> None:

@@ -69,7 +69,7 @@ def test_coefficients_are_not_rounded_by_autocast():
     """A small rotation survives: under autocast its coefficients would lose all but 8 bits before they are used."""
     model = adapted("sora")
     layer = model.base_model.model[0]
-    exact = layer._linear_map("default")
+    exact = layer._linear_map("default", layer.adapter_parameters("default"))
     seen = {}
     original = layer._linear_map
     layer._linear_map = lambda *a: seen.setdefault("map", original(*a))
