@@ -4,8 +4,14 @@ Importing the package registers the method with PEFT, so that `get_peft_model` a
 and loads the kernel packages that are installed.
 """
 
-from sora_hw.adapter import ConditionedConfig, ConditionedLinear, ConditionedModel, register
-from sora_hw.ops import load_kernel_packages
+import os
+
+from sora_hw.devices import hide_if_broken
+
+hide_if_broken(os.environ)  # before the first of the imports below that imports torch
+
+from sora_hw.adapter import ConditionedConfig, ConditionedLinear, ConditionedModel, register  # noqa: E402
+from sora_hw.ops import load_kernel_packages  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["ConditionedConfig", "ConditionedLinear", "ConditionedModel", "__version__"]

@@ -42,6 +42,8 @@ def doctor(arguments: argparse.Namespace, console: Console) -> int:
     """Print the facts of this machine; 0 where training on the CPU can start, 1 where something is broken."""
     problems = []
     for section in examine():
+        if section.table.row_count == 0:
+            continue
         console.print(section.table)
         for note in section.notes:
             console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What `sora-hw doctor` finds out: one section each for versions, devices, kernels, recipes and the machine."""
+"""What `sora-hw doctor` finds out: versions, devices and what each of them needs, kernels, recipes, the machine."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def examine() -> Iterator[Section]:
     """The sections, each found out when it is asked for."""
     yield _versions()
     yield _devices()
+    yield from _needs()
+    yield _environment()
     yield _kernels()
     yield _recipes()
     yield _machine()
@@ -64,13 +66,39 @@ def _versions() -> Section:
 def _devices() -> Section:
     section = Section(_table("Devices", "--backend", "device", "count", "memory", "communication", "usable"))
     for device in DEVICES.values():
-        if missing := device.is_usable():
-            row = (device.display_name, "-", "-", device.communication_backend, NO)
-            section.notes.append(f"{device.type}: {missing}")
+        if device.is_usable():
+            row = (device.display_name, "-", "-", device.communication_backend, BROKEN if device.is_expected() else NO)
         else:
             memory = f"{device.memory_bytes() / GIB:.1f} GiB"
             row = (device.name(), str(device.count()), memory, device.communication_backend, OK)
         section.table.add_row(device.type, *row)
+    return section
+
+
+def _needs() -> Iterator[Section]:
+    """What each device needs, line by line. A lack is a problem where the device is meant to be used, else a note."""
+    for device in DEVICES.values():
+        checks, expected = list(device.checks()), device.is_expected()
+        section = Section(_table(f"Needs of {device.type}", "", "found", ""))
+        for check in checks:
+            state = (BROKEN if expected else NO) if check.problem else OK
+            section.table.add_row(check.what, check.found, state)
+        lacks = [f"{device.type}: {check.problem}" for check in checks if check.problem]
+        if expected:
+            section.problems += lacks
+        else:
+            section.notes += lacks[:1]
+        yield section
+
+
+def _environment() -> Section:
+    """The variables that the launchers set for a device of this machine, where the user has not."""
+    section = Section(_table("Environment", "--backend", "variable", "value", "from"))
+    for device in DEVICES.values():
+        if device.is_expected() or device.is_usable() is None:
+            for variable, value in device.environment.items():
+                here = os.environ.get(variable)
+                section.table.add_row(device.type, variable, *((value, "sora_hw") if here is None else (here, "you")))
     return section
 
 

@@ -12,8 +12,10 @@ import torch
 
 import sora_hw
 from sora_hw import cli, doctor, ops, versions
+from sora_hw.devices import Check
 from sora_hw.devices.cpu import CpuDevice
 from sora_hw.devices.cuda import CudaDevice
+from sora_hw.devices.npu import NpuDevice
 from sora_hw.errors import UserError
 
 
@@ -38,6 +40,17 @@ def _package(device_type, module="sora_hw_kernels.reference", error=None):
     return ops.KernelPackage(device_type, module, f"vendor-{device_type} 1.0", error)
 
 
+def _needing(monkeypatch, device, expected):
+    """A device with one good and two bad checks."""
+    checks = [
+        Check("cable", "plugged in"),
+        Check("driver", "1.0", "the driver is too old: pip install 'driver[gpu]'"),
+        Check("cards", "0", "every card is hidden"),
+    ]
+    monkeypatch.setattr(device, "checks", lambda self: iter(checks))
+    monkeypatch.setattr(device, "is_expected", lambda self: expected)
+
+
 def test_the_doctor_approves_of_this_machine(examined):
     code, out = examined()
     assert code == 0
@@ -59,11 +72,34 @@ def test_an_unsupported_library_is_broken(examined, monkeypatch):
 
 
 def test_a_device_that_is_not_usable_is_a_note_with_its_remedy(examined, monkeypatch):
-    monkeypatch.setattr(CudaDevice, "is_usable", lambda self: "the driver is missing: pip install 'driver[gpu]'")
+    _needing(monkeypatch, CudaDevice, expected=False)
     code, out = examined()
     assert code == 0
     assert re.search(r"cuda +│ NVIDIA GPU +│ - +│ - +│ nccl +│ no", out)
-    assert "cuda: the driver is missing: pip install 'driver[gpu]'" in out
+    assert re.search(r"Needs of cuda.*cable +│ plugged in +│ ok.*driver +│ 1.0 +│ no", out, re.DOTALL)
+    assert "cuda: the driver is too old: pip install 'driver[gpu]'" in out
+    assert "hidden" not in out, "one remedy at a time where nobody waits for the device"
+
+
+@pytest.mark.parametrize("device", [CudaDevice, NpuDevice])
+def test_a_device_that_is_meant_to_be_used_and_fails_is_broken(examined, monkeypatch, device):
+    _needing(monkeypatch, device, expected=True)
+    code, out = examined()
+    assert code == 1
+    assert re.search(r"cable +│ plugged in +│ ok.*driver +│ 1.0 +│ broken", out, re.DOTALL)
+    for problem in ("the driver is too old: pip install 'driver[gpu]'", "every card is hidden"):
+        assert re.search(rf"broken: (cuda|npu): {re.escape(problem)}", out)
+
+
+def test_the_environment_of_a_device_is_shown_with_who_sets_it(examined, monkeypatch):
+    _, out = examined()
+    assert "TASK_QUEUE_ENABLE" not in out, "nothing here is an NPU"
+    _needing(monkeypatch, NpuDevice, expected=True)
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", "1")
+    monkeypatch.delenv("CPU_AFFINITY_CONF", raising=False)
+    _, out = examined()
+    assert re.search(r"npu +│ TASK_QUEUE_ENABLE +│ 1 +│ you", out)
+    assert re.search(r"npu +│ CPU_AFFINITY_CONF +│ 1 +│ sora_hw", out)
 
 
 def test_a_usable_device_is_shown_with_count_name_and_memory(examined, monkeypatch):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sora_hw.devices.device import Device
+from sora_hw.devices.device import Check, Device
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 class CpuDevice(Device):
     """Ranks on the processor share its cores and its memory."""
 
-    def is_usable(self) -> str | None:
-        return None
+    def checks(self) -> Iterator[Check]:
+        yield Check("processor", self.name())
+
+    def is_expected(self) -> bool:
+        return True
 
     def count(self) -> int:
         return 1

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from sora_hw.devices.device import Device
+from sora_hw.devices.device import Check, Device
+
+DEVICE_NODES = Path("/dev")
 
 
 @dataclass(frozen=True)
 class CudaDevice(Device):
     """The GPUs that torch's CUDA build sees."""
 
-    def is_usable(self) -> str | None:
+    def checks(self) -> Iterator[Check]:
         import torch
 
-        if not torch.backends.cuda.is_built():
-            return (
-                f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch in this environment, "
-                "or choose --backend cpu"
-            )
-        if torch.cuda.is_available():
-            return None
-        if not _driver_loads():
-            return "the NVIDIA driver is missing (libcuda.so.1 does not load): install it, until nvidia-smi works"
-        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-            return "CUDA_VISIBLE_DEVICES hides every GPU: unset it, or set it to the numbers that nvidia-smi shows"
-        return "the NVIDIA driver shows no usable GPU: compare nvidia-smi and CUDA_VISIBLE_DEVICES"
+        built = torch.backends.cuda.is_built()
+        problem = (
+            f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch in this environment, "
+            "or choose --backend cpu"
+        )
+        yield Check("torch", f"{torch.__version__}, CUDA {torch.version.cuda}", None if built else problem)
+        available = built and torch.cuda.is_available()
+        yield _driver(available)
+        yield _visible()
+        problem = "the NVIDIA driver shows no usable GPU: compare nvidia-smi and CUDA_VISIBLE_DEVICES"
+        yield Check("GPUs", str(self.count() if available else 0), None if available else problem)
+
+    def is_expected(self) -> bool:
+        import torch
+
+        return torch.backends.cuda.is_built() and any(DEVICE_NODES.glob("nvidia[0-9]*"))
 
     def count(self) -> int:
         import torch
@@ -50,12 +58,23 @@ class CudaDevice(Device):
         return torch.cuda.max_memory_allocated()
 
 
-def _driver_loads() -> bool:
+def _driver(works: bool) -> Check:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    return True
+        if not works:
+            problem = "the NVIDIA driver is missing (libcuda.so.1 does not load): install it, until nvidia-smi works"
+            return Check("driver", "libcuda.so.1 does not load", problem)
+    return Check("driver", "loads")
+
+
+def _visible() -> Check:
+    variable = "CUDA_VISIBLE_DEVICES"
+    text = os.environ.get(variable)
+    if text not in ("", "-1"):
+        return Check(variable, "not set: all devices" if text is None else text)
+    problem = f"{variable} hides every GPU: unset it, or set it to the numbers that nvidia-smi shows"
+    return Check(variable, text or "empty", problem)
 
 
 CUDA = CudaDevice(

@@ -25,7 +25,7 @@ def select(backend: str) -> Device:
 
     Args:
         backend: one of `BACKENDS`; "auto" is the first of npu, cuda and cpu that is usable and that a kernel package
-            serves. A usable device that is passed over for want of kernels is named in a warning.
+            serves. A device that is passed over although the machine is meant to use it is named in a warning.
 
     Raises:
         UserError: the named device is not usable or has no kernels, or `auto` finds none.
@@ -66,11 +66,11 @@ def fallback_allowed() -> bool:
 def _first_ready() -> Device:
     reasons = []
     for device in DEVICES.values():
-        missing = device.is_usable()
+        unusable = device.is_usable()
+        missing = unusable or missing_kernels(device)
         if missing is None:
-            missing = missing_kernels(device)
-            if missing is None:
-                return device
-            logger.warning("%s is usable but passed over: %s", device.display_name, missing)
+            return device
+        if unusable is None or device.is_expected():
+            logger.warning("--backend auto passes over the %s: %s", device.display_name, missing)
         reasons.append(f"{device.type}: {missing}")
     raise UserError(f"no device can be used ({'; '.join(reasons)})")

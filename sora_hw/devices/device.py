@@ -7,12 +7,26 @@ where torch itself does not start.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+
+class Check(NamedTuple):
+    """One thing that a device needs.
+
+    Attributes:
+        what: what is looked at.
+        found: what is there, in a few words.
+        problem: None where that serves; otherwise one line: what is missing and what to do.
+    """
+
+    what: str
+    found: str
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,16 +50,24 @@ class Device(ABC):
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @abstractmethod
+    def checks(self) -> Iterator[Check]:
+        """What the device needs, in the order of set-up. Never raises, and never breaks the process."""
+
+    @abstractmethod
+    def is_expected(self) -> bool:
+        """Whether this machine is evidently meant to use it, so that a failed check means that something is broken."""
+
     def is_usable(self) -> str | None:
-        """None where the device can be used; otherwise one line: what is missing and what to do."""
+        """None where the device can be used; otherwise one line: the first thing that is missing and what to do."""
+        return next((check.problem for check in self.checks() if check.problem), None)
 
     @abstractmethod
     def count(self) -> int:
-        """How many of them this process sees."""
+        """How many of them this process sees; each serves one rank."""
 
     @abstractmethod
     def name(self, index: int = 0) -> str:
-        """The product name of one of them."""
+        """The product name of one of them, as the device itself reports it."""
 
     @abstractmethod
     def memory_bytes(self, index: int = 0) -> int:
@@ -54,6 +76,10 @@ class Device(ABC):
     @abstractmethod
     def peak_memory_bytes(self) -> int:
         """The most memory that this process has held so far on its current device, in bytes."""
+
+    def configure(self) -> dict[str, object]:
+        """Make the settings that training needs in a process that has taken its device; what was set, by name."""
+        return {}
 
     def torch_device(self, index: int) -> torch.device:
         """The torch device of rank-local number `index`."""

@@ -1,38 +1,45 @@
 """Ascend NPUs, through torch_npu.
 
-Importing torch_npu on a machine without CANN fails and cannot be recovered from in the same process. So each step of
-`is_usable` asks for the next thing that the import needs, and the import comes last.
+Importing torch_npu where CANN is missing fails, and cannot be recovered from in the same process; and torch imports it
+while it is imported itself, as does transformers. So whatever can be found out without it is found out first, by the
+standard library alone.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
+import re
 import sys
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
-from sora_hw.devices.device import Device
+from sora_hw.devices.device import Check, Device
 
 DEVICE_NODES = Path("/dev")
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+CANN_LIBRARIES = ("libascendcl.so", "libhccl.so")
+SEPARATE = "torch refuses two accelerators in one environment"
 
 
 @dataclass(frozen=True)
 class NpuDevice(Device):
-    """The NPUs that torch_npu sees; on a 910C each of a package's two dies is one."""
+    """The NPUs that torch_npu sees. On a 910C each of a package's two dies is one, with memory of its own."""
 
-    def is_usable(self) -> str | None:
-        # torch may have loaded it already, as it does for every registered backend: then the import is no risk.
-        if "torch_npu" not in sys.modules and (missing := _missing_for_import() or _import_error()):
-            return missing
-        import torch
+    def checks(self) -> Iterator[Check]:
+        sound = True
+        for check in (*_import_checks(), _home(), _visible(), _nodes()):
+            sound = sound and check.problem is None
+            yield check
+        if sound:  # the import would break the process otherwise
+            yield _import()
 
-        if not torch.npu.is_available():
-            return (
-                "torch_npu sees no NPU: compare npu-smi info and ASCEND_RT_VISIBLE_DEVICES, whose numbers must be "
-                "strictly ascending"
-            )
-        return None
+    def is_expected(self) -> bool:
+        return _installed() or _node_count() > 0
 
     def count(self) -> int:
         import torch
@@ -40,6 +47,7 @@ class NpuDevice(Device):
         return torch.npu.device_count()
 
     def name(self, index: int = 0) -> str:
+        """The SoC, as Ascend910B3 or Ascend910_9391."""
         import torch
 
         return torch.npu.get_device_name(index)
@@ -54,36 +62,141 @@ class NpuDevice(Device):
 
         return torch.npu.max_memory_allocated()
 
+    def configure(self) -> dict[str, object]:
+        """Prepared operators instead of one compilation for every shape, plain memory layouts, and full float32."""
+        import torch
 
-def _missing_for_import() -> str | None:
-    """The first thing, in the order of set-up, without which importing torch_npu would break the process."""
-    if importlib.util.find_spec("torch_npu") is None:
-        return (
+        torch.npu.set_compile_mode(jit_compile=False)
+        torch.npu.config.allow_internal_format = False
+        torch.npu.matmul.allow_hf32 = False
+        return {"jit_compile": False, "allow_internal_format": False, "matmul.allow_hf32": False}
+
+
+def hide_if_broken(environ: MutableMapping[str, str]) -> None:
+    """Where importing torch_npu is known to fail, hide it, so that torch and transformers import without it.
+
+    To be called before torch is imported. What is missing is told by `NPU.is_usable`, where the device is asked for.
+    """
+    if not _loaded() and _installed() and any(check.problem for check in _import_checks()):
+        environ.setdefault(AUTOLOAD, "0")
+        sys.modules["torch_npu"] = None  # Python's own mark for a module that shall not be found
+
+
+def _import_checks() -> Iterator[Check]:
+    """What importing torch_npu needs; nothing here imports torch."""
+    torch_version, cuda = _version("torch") or "of an unknown version", _cuda_of_torch()
+    problem = (
+        f"torch {torch_version} is built for CUDA {cuda}, and {SEPARATE}: make an environment for the NPU, with a CPU "
+        "build of torch and pip install 'sora_hw[npu]'"
+    )
+    yield Check("torch", f"{torch_version}, CUDA {cuda}" if cuda else torch_version, problem if cuda else None)
+
+    if not _installed():
+        yield Check(
+            "torch_npu",
+            "not installed",
             "torch_npu is not installed: install CANN, then pip install 'sora_hw[npu]' in an environment whose torch "
-            "is a CPU build"
+            "is a CPU build",
         )
-    try:
-        ctypes.CDLL("libascendcl.so")
-    except OSError:
-        return (
-            "CANN is missing (libascendcl.so does not load): install CANN and source its set_env.sh; until then set "
-            "TORCH_DEVICE_BACKEND_AUTOLOAD=0, or importing torch fails"
-        )
-    if not any(DEVICE_NODES.glob("davinci*")):
-        return (
-            "there is no NPU (/dev/davinci*): install the driver until npu-smi info works, or give the container the "
-            "devices"
-        )
-    return None
+        return
+    npu_version = _version("torch_npu")
+    wanted = re.match(r"\d+\.\d+", torch_version)
+    fits = npu_version is None or wanted is None or npu_version.startswith(f"{wanted[0]}.")
+    problem = f"torch_npu {npu_version} does not fit torch {torch_version}: pip install 'torch-npu=={{}}.*'"
+    yield Check("torch_npu", npu_version or "installed", None if fits else problem.format(wanted[0]))
+
+    if _loaded():  # and so its libraries
+        return
+    missing = next((name for name in CANN_LIBRARIES if not _loads(name)), None)
+    problem = (
+        f"CANN is missing ({missing} does not load): install CANN and source its set_env.sh; deepspeed's own launcher "
+        f"needs {AUTOLOAD}=0 until then"
+    )
+    yield Check("CANN", f"{missing} does not load" if missing else "its libraries load", problem if missing else None)
 
 
-def _import_error() -> str | None:
+def _home() -> Check:
+    home = os.environ.get("ASCEND_HOME_PATH")
+    problem = "ASCEND_HOME_PATH is not set, and DeepSpeed looks CANN up there: source CANN's set_env.sh"
+    return Check("ASCEND_HOME_PATH", home or "not set", None if home else problem)
+
+
+def _visible() -> Check:
+    """CANN takes a list of device numbers that ascends, and shows no device at all for any other."""
+    variable = "ASCEND_RT_VISIBLE_DEVICES"
+    text = os.environ.get(variable)
+    if text is None:
+        return Check(variable, "not set: all devices")
+    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(numbers) == len(text.split(",")) and numbers == sorted(set(numbers)):
+        return Check(variable, text)
+    proposal = ",".join(map(str, sorted(set(numbers)))) or "0"
+    return Check(
+        variable,
+        text or "empty",
+        f"{variable}={text} hides every NPU, because it is not a strictly ascending list of numbers: set it to "
+        f"{proposal}, or unset it",
+    )
+
+
+def _nodes() -> Check:
+    if _loaded():
+        return Check("devices", "those of torch_npu, which is loaded")
+    problem = (
+        "there is no NPU (/dev/davinci*): install the driver until npu-smi info works, or pass the container its NPUs"
+    )
+    return Check("devices", f"{_node_count()} of /dev/davinci*", None if _node_count() else problem)
+
+
+def _import() -> Check:
     try:
         import torch_npu  # noqa: F401
     except Exception as error:  # whatever the vendor's start-up raises is one more reason why it is not usable
         reason = " ".join(str(error).split())
-        return f"torch_npu does not import ({reason}): install the torch-npu whose version is torch's, and its CANN"
-    return None
+        problem = f"torch_npu does not import ({reason}): reinstall torch-npu and the CANN that its version asks for"
+        return Check("NPUs", "torch_npu does not import", problem)
+    import torch
+
+    if torch.npu.is_available():
+        return Check("NPUs", f"{torch.npu.device_count()}, one rank each")
+    return Check("NPUs", "none", "torch_npu sees no NPU: run npu-smi info, and look for another process that holds it")
+
+
+def _loaded() -> bool:
+    return sys.modules.get("torch_npu") is not None
+
+
+def _installed() -> bool:
+    return _loaded() or PathFinder.find_spec("torch_npu") is not None  # sees it where it is hidden, too
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda_of_torch() -> str | None:
+    """The CUDA version that torch is built with, read off its file of versions: torch may not be imported yet."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"].version.cuda
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    found = re.search(r"^cuda\b[^=]*= *'([^']+)'", file.read_text(), re.MULTILINE) if file and file.exists() else None
+    return found.group(1) if found else None
+
+
+def _node_count() -> int:
+    return sum(1 for _ in DEVICE_NODES.glob("davinci[0-9]*"))
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 NPU = NpuDevice(

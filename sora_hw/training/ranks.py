@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import warnings
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -15,8 +16,16 @@ from sora_hw.training.environment import whole_number
 from sora_hw.training.plan import Plan
 
 
-def start(plan: Plan) -> dict[str, str]:
-    """Bring up the ranks' process group under DeepSpeed; the environment variables that were set for it.
+@dataclass(frozen=True)
+class Settings:
+    """What was set for a run: environment variables, and switches of the device's library."""
+
+    environment: dict[str, str]
+    device: dict[str, object]
+
+
+def start(plan: Plan) -> Settings:
+    """Bring up the ranks' process group under DeepSpeed.
 
     A plain `python` run becomes a group of one rank. DeepSpeed's own start builds an extension for the processor with
     a C++ compiler; the ranks do as well without it, so it is declared unavailable.
@@ -28,7 +37,7 @@ def start(plan: Plan) -> dict[str, str]:
     if plan.device.type != CPU.type:  # otherwise every rank's first collective would run on device 0
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(plan.device.communication_backend, verbose=False)
-    return changed
+    return Settings(changed, plan.device.configure())
 
 
 def _set_environment(plan: Plan) -> dict[str, str]:

@@ -129,12 +129,13 @@ def announce(job: Job, console: Console) -> None:
 
 def train(job: Job, console: Console) -> None:
     """Train on all ranks, and leave adapter, curve and run.json in the job's folder."""
-    environment = start(job.plan)
+    settings = start(job.plan)
     main_rank = dist.get_rank() == 0
     global_batch = job.plan.recipe.global_batch
     clock = Clock(job.data.tokens_of_steps(global_batch), len(job.data.training), global_batch)
     trainer = make_trainer(job, clock, console)
-    manifest = {**facts(job.plan.device), **job.as_dict(), "argv": list(job.request.argv), "environment": environment}
+    manifest = {**facts(job.plan.device), **job.as_dict(), "argv": list(job.request.argv)}
+    manifest |= {"environment": settings.environment, "device_settings": settings.device}
     manifest |= {"fingerprint": job.fingerprint, "resumed_from": str(job.folder.checkpoint or "") or None}
     if main_rank:
         job.folder.create(job.request.overwrite)

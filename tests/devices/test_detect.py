@@ -5,6 +5,8 @@ import ctypes
 import importlib.util
 import logging
 import sys
+from importlib import metadata
+from importlib.machinery import PathFinder
 from types import SimpleNamespace
 
 import pytest
@@ -47,13 +49,15 @@ def loadable(monkeypatch):
 @pytest.fixture
 def npu_machine(monkeypatch, loadable, tmp_path):
     """A machine set up for the NPU, step by step, by the test; `imported` tells whether torch_npu was imported."""
-    machine = SimpleNamespace(package=True, import_error=None, available=True, imported=False)
-    loadable.add("libascendcl.so")
+    version = torch.__version__.partition("+")[0]
+    machine = SimpleNamespace(version=version, import_error=None, count=2, imported=False)
+    loadable.update(npu.CANN_LIBRARIES)
     (tmp_path / "davinci0").touch()
-    find_spec, import_module = importlib.util.find_spec, builtins.__import__
+    (tmp_path / "davinci_manager").touch()  # there without any device, too
+    find_spec, import_module, version_of = PathFinder.find_spec, builtins.__import__, metadata.version
 
     def find(name, *arguments):
-        return machine.package or None if name == "torch_npu" else find_spec(name, *arguments)
+        return machine.version if name == "torch_npu" else find_spec(name, *arguments)
 
     def importing(name, *arguments, **options):
         if name != "torch_npu":
@@ -63,11 +67,15 @@ def npu_machine(monkeypatch, loadable, tmp_path):
             raise machine.import_error
         return SimpleNamespace()
 
-    monkeypatch.setattr(importlib.util, "find_spec", find)
+    monkeypatch.setattr(PathFinder, "find_spec", find)
+    monkeypatch.setattr(metadata, "version", lambda name: machine.version if name == "torch_npu" else version_of(name))
     monkeypatch.setattr(builtins, "__import__", importing)
     monkeypatch.setattr(npu, "DEVICE_NODES", tmp_path)
-    monkeypatch.setattr(torch, "npu", SimpleNamespace(is_available=lambda: machine.available), raising=False)
+    seen = SimpleNamespace(is_available=lambda: machine.count > 0, device_count=lambda: machine.count)
+    monkeypatch.setattr(torch, "npu", seen, raising=False)
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
     machine.libraries, machine.nodes = loadable, tmp_path
     return machine
 
@@ -102,25 +110,67 @@ class TestNpu:
     def test_usable_when_every_step_succeeds(self, npu_machine):
         assert NPU.is_usable() is None
         assert npu_machine.imported
+        assert [check.what for check in NPU.checks()] == [
+            *("torch", "torch_npu", "CANN", "ASCEND_HOME_PATH", "ASCEND_RT_VISIBLE_DEVICES", "devices", "NPUs")
+        ]
+
+    def test_a_cuda_build_of_torch(self, npu_machine, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        reason = NPU.is_usable()
+        assert "is built for CUDA 13.0" in reason and "a CPU build of torch" in reason
+        assert not npu_machine.imported
 
     def test_package_missing(self, npu_machine):
-        npu_machine.package = False
+        npu_machine.version = None
         assert NPU.is_usable().startswith("torch_npu is not installed")
         assert not npu_machine.imported
 
-    def test_cann_missing(self, npu_machine):
-        npu_machine.libraries.clear()
+    @pytest.mark.parametrize("version", ["2.5.1.post1", "9.13.0"])
+    def test_a_package_for_another_torch(self, npu_machine, version):
+        npu_machine.version = version
+        wanted = ".".join(torch.__version__.split(".")[:2])
         reason = NPU.is_usable()
-        assert reason.startswith("CANN is missing (libascendcl.so does not load)")
+        assert reason.startswith(f"torch_npu {version} does not fit torch {torch.__version__.partition('+')[0]}")
+        assert f"pip install 'torch-npu=={wanted}.*'" in reason
+        assert not npu_machine.imported
+
+    @pytest.mark.parametrize("library", npu.CANN_LIBRARIES)
+    def test_cann_missing(self, npu_machine, library):
+        npu_machine.libraries.remove(library)
+        reason = NPU.is_usable()
+        assert reason.startswith(f"CANN is missing ({library} does not load)")
         assert "set_env.sh" in reason and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in reason
         assert not npu_machine.imported
+
+    @pytest.mark.parametrize("home", [None, ""])
+    def test_cann_s_environment_missing(self, npu_machine, monkeypatch, home):
+        monkeypatch.delenv("ASCEND_HOME_PATH")
+        if home is not None:
+            monkeypatch.setenv("ASCEND_HOME_PATH", home)
+        assert NPU.is_usable().startswith("ASCEND_HOME_PATH is not set") and "set_env.sh" in NPU.is_usable()
+        assert not npu_machine.imported
+
+    @pytest.mark.parametrize(
+        ("devices", "proposal"), [("1,0", "0,1"), ("0,0,2", "0,2"), ("", "0"), ("a,3", "3"), ("3,", "3"), ("-1", "0")]
+    )
+    def test_device_numbers_that_do_not_ascend(self, npu_machine, monkeypatch, devices, proposal):
+        monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", devices)
+        reason = NPU.is_usable()
+        assert reason.startswith(f"ASCEND_RT_VISIBLE_DEVICES={devices} hides every NPU")
+        assert f"set it to {proposal}, or unset it" in reason
+        assert not npu_machine.imported
+
+    @pytest.mark.parametrize("devices", ["0", "0,1", "4, 5,12"])
+    def test_device_numbers_that_ascend(self, npu_machine, monkeypatch, devices):
+        monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", devices)
+        assert NPU.is_usable() is None
 
     def test_device_node_missing(self, npu_machine):
         (npu_machine.nodes / "davinci0").unlink()
         assert NPU.is_usable().startswith("there is no NPU (/dev/davinci*)")
         assert not npu_machine.imported
 
-    @pytest.mark.parametrize("error", [ImportError("libhccl.so:\n not found"), RuntimeError("two\n accelerators")])
+    @pytest.mark.parametrize("error", [ImportError("libop.so:\n not found"), RuntimeError("two\n accelerators")])
     def test_import_that_fails_in_any_way(self, npu_machine, error):
         npu_machine.import_error = error
         reason = NPU.is_usable()
@@ -128,23 +178,55 @@ class TestNpu:
         assert "\n" not in reason
 
     def test_no_npu_visible(self, npu_machine):
-        npu_machine.available = False
-        reason = NPU.is_usable()
-        assert reason.startswith("torch_npu sees no NPU")
-        assert "ASCEND_RT_VISIBLE_DEVICES" in reason and "strictly ascending" in reason
+        npu_machine.count = 0
+        assert NPU.is_usable().startswith("torch_npu sees no NPU: run npu-smi info")
 
-    def test_a_loaded_torch_npu_is_asked_at_once(self, npu_machine, monkeypatch):
+    def test_a_loaded_torch_npu_needs_no_libraries_and_nodes(self, npu_machine, monkeypatch):
         """torch loads it while it is imported itself: the steps that guard the import are then behind us."""
         npu_machine.libraries.clear()
+        (npu_machine.nodes / "davinci0").unlink()
         monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace())
         assert NPU.is_usable() is None
-        assert not npu_machine.imported
+
+    def test_a_machine_is_meant_for_it_by_its_package_or_its_devices(self, npu_machine):
+        assert NPU.is_expected()
+        (npu_machine.nodes / "davinci0").unlink()
+        assert NPU.is_expected()
+        npu_machine.version = None
+        assert not NPU.is_expected()
+        (npu_machine.nodes / "davinci7").touch()
+        assert NPU.is_expected()
+
+
+class TestHiding:
+    """A torch_npu that would break the import of torch and of transformers is hidden from both."""
+
+    def test_a_sound_one_stays(self, npu_machine):
+        environ = {}
+        npu.hide_if_broken(environ)
+        assert environ == {} and "torch_npu" not in sys.modules
+
+    def test_a_broken_one_is_hidden_and_its_fault_still_told(self, npu_machine, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch_npu", None)  # to be put back as it was
+        npu_machine.libraries.clear()
+        environ = {}
+        npu.hide_if_broken(environ)
+        assert environ == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} and sys.modules["torch_npu"] is None
+        assert importlib.util.find_spec("torch_npu") is None
+        assert NPU.is_usable().startswith("CANN is missing") and NPU.is_expected()
+
+    def test_none_is_no_fault(self, npu_machine):
+        npu_machine.version = None
+        environ = {}
+        npu.hide_if_broken(environ)
+        assert environ == {} and "torch_npu" not in sys.modules
 
 
 def _usable(monkeypatch, *devices):
     for device in detect.DEVICES.values():
         reason = None if device in devices else f"no {device.type} here"
         monkeypatch.setattr(type(device), "is_usable", lambda self, reason=reason: reason)
+        monkeypatch.setattr(type(device), "is_expected", lambda self: False)
 
 
 def _served(monkeypatch, **errors):
@@ -168,7 +250,15 @@ class TestSelect:
         with caplog.at_level(logging.WARNING):
             assert detect.select("auto") is CPU
         assert len(caplog.messages) == 1
-        assert caplog.messages[0].startswith("NVIDIA GPU is usable but passed over: no kernel package serves cuda")
+        assert caplog.messages[0].startswith("--backend auto passes over the NVIDIA GPU: no kernel package serves cuda")
+
+    def test_auto_says_what_is_broken(self, monkeypatch, caplog):
+        _usable(monkeypatch, CPU)
+        _served(monkeypatch, cpu=None)
+        monkeypatch.setattr(type(NPU), "is_expected", lambda self: True)
+        with caplog.at_level(logging.WARNING):
+            assert detect.select("auto") is CPU
+        assert caplog.messages == ["--backend auto passes over the Ascend NPU: no npu here"]
 
     def test_auto_without_any_kernels(self, monkeypatch):
         _usable(monkeypatch, CPU)

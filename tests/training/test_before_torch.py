@@ -1,4 +1,4 @@
-"""The launchers decide before torch is imported whether it may load vendors' device extensions."""
+"""What the launchers decide before torch is imported: which device extensions it loads, and DeepSpeed's accelerator."""
 
 import os
 import subprocess
@@ -8,22 +8,27 @@ from pathlib import Path
 import pytest
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
-SHOW = "import os, sys, before_torch; print(os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD'), 'torch' in sys.modules)"
+SHOW = """
+import os, sys, before_torch
+print(os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD"), os.environ.get("DS_ACCELERATOR"), "torch" in sys.modules)
+"""
 
 
 @pytest.mark.parametrize(
-    ("arguments", "autoload"),
+    ("arguments", "autoload", "accelerator"),
     [
-        (["--backend", "cpu"], "0"),
-        (["--local_rank=0", "--backend=cuda", "--seed", "1"], "0"),
-        (["--backend", "npu"], "None"),
-        (["--backend=auto"], "None"),
-        (["--backend"], "None"),
-        ([], "None"),
+        (["--backend", "cpu"], "0", "cpu"),
+        (["--local_rank=0", "--backend=cuda", "--seed", "1"], "0", "cuda"),
+        (["--backend", "npu"], "None", "npu"),
+        (["--backend", "npu", "--backend", "cpu"], "0", "cpu"),
+        (["--backend=auto"], "None", "None"),
+        (["--backend"], "None", "None"),
+        ([], "None", "None"),
     ],
 )
-def test_autoload_follows_the_backend(arguments, autoload):
-    environment = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+def test_the_environment_follows_the_backend(arguments, autoload, accelerator):
+    ours = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "DS_ACCELERATOR")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = [sys.executable, "-S", "-c", SHOW, *arguments]
     done = subprocess.run(command, cwd=LAUNCHERS, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [autoload, "False"]
+    assert done.stdout.split() == [autoload, accelerator, "False"]
