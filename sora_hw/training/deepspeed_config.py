@@ -32,8 +32,8 @@ def deepspeed_config(plan: Plan, largest_tensor: int | None) -> dict[str, object
 def check_engine(engine, plan: Plan) -> None:
     """Assert that DeepSpeed trains as planned: each of these has been seen to go wrong without a word.
 
-    Raises UserError for another number of ranks, a missing engine, another ZeRO stage or batch, and under ZeRO-3 for a
-    base model that every rank holds whole.
+    Raises UserError for another number of ranks, a missing engine, another ZeRO stage or batch, a parameter on another
+    device, and under ZeRO-3 for a base model that every rank holds whole.
     """
     world_size = dist.get_world_size()
     if world_size != plan.batch.world_size:
@@ -44,6 +44,12 @@ def check_engine(engine, plan: Plan) -> None:
     wanted = plan.profile.zero_stage, plan.batch.global_batch, plan.batch.accumulation
     if found != wanted:
         raise UserError(f"DeepSpeed runs with (ZeRO stage, global batch, accumulation) = {found} instead of {wanted}")
+    elsewhere = {p.device.type for p in engine.module.parameters()} - {plan.device.type}
+    if elsewhere:
+        raise UserError(
+            f"the model is on {', '.join(sorted(elsewhere))} instead of {plan.device.type}; set DS_ACCELERATOR="
+            f"{plan.device.deepspeed_accelerator}, and look for another program that chooses a device"
+        )
     if plan.profile.zero_stage == 3 and world_size > 1 and not any(map(_is_sharded, engine.module.parameters())):
         raise UserError("ZeRO-3 shards nothing: every rank holds the whole model; use --zero-stage 2 if that is fine")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from sora_hw.devices.cpu import CPU
 from sora_hw.errors import UserError
 from sora_hw.training import deepspeed_config
 from sora_hw.training.callbacks import Clock, ProgressBar, duration
@@ -67,7 +68,7 @@ def engine(stage=2, batch=8, accumulation=2, parameters=()):
 
 def plan(stage=2):
     batch = SimpleNamespace(global_batch=8, accumulation=2, world_size=2)
-    return SimpleNamespace(batch=batch, profile=SimpleNamespace(zero_stage=stage))
+    return SimpleNamespace(batch=batch, profile=SimpleNamespace(zero_stage=stage), device=CPU)
 
 
 def test_the_start_up_check_notices_what_goes_wrong_silently(monkeypatch):
@@ -82,6 +83,7 @@ def test_the_start_up_check_notices_what_goes_wrong_silently(monkeypatch):
         (engine(batch=4), "instead of"),
         (engine(accumulation=1), "instead of"),
         (torch.nn.Linear(1, 1), "without DeepSpeed"),
+        (engine(parameters=[whole, torch.nn.Parameter(torch.zeros(1, device="meta"))]), "is on meta instead of cpu"),
     ):
         with pytest.raises(UserError, match=message):
             check_engine(wrong, plan())
