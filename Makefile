@@ -13,6 +13,7 @@ test: setup
 test-full: setup
 	@ci/lint
 	@ci/test
+	@ci/ascend
 
 lint: setup
 	@ci/lint

@@ -1,12 +1,35 @@
-"""The CUDA kernels in Triton's interpreter, on CPU tensors, against float64. Run by test_cuda_interpreter.py.
+"""The Triton kernels of CUDA or of the NPU in Triton's interpreter, on CPU tensors, against float64.
 
+Run by test_cuda_interpreter.py and by ascend/test_interpreter.py, which say in SORA_HW_INTERPRETED whose calls to make.
 In float32 and float16: operands of `tl.dot` in bfloat16 are silently wrong there (Triton 3.6 and 3.7), so bfloat16 is
 for the GPU, except in the forward kernel, which multiplies in float32. The interpreter rounds to bfloat16 towards zero.
 """
 
+import os
+
 import pytest
 import torch
-from sora_hw_kernels.cuda import row_norm, scale_rank
+
+if os.environ["SORA_HW_INTERPRETED"] == "npu":
+    from sora_hw_kernels.npu import launch, verifier
+
+    scale_rank = row_norm = verifier
+    # Up to this rank the gradient of `b` comes from the kernel, in float32; beyond it from the vendor's product.
+    LARGEST_KERNEL_RANK = 0
+
+    @pytest.fixture(autouse=True)
+    def few_cores(monkeypatch):
+        """Neither a driver nor cores are here: the interpreter takes the place of three, which share the tiles."""
+        monkeypatch.setattr(launch, "missing", lambda: None)
+        monkeypatch.setattr(launch, "ai_cores", lambda device: 3)
+        assert verifier.serving(torch.ones(1, 1)).__name__ == "sora_hw_kernels.npu.scale_rank"
+else:
+    from sora_hw_kernels.cuda import row_norm, scale_rank
+
+    LARGEST_KERNEL_RANK = scale_rank.LARGEST_ONE_READ_RANK
+
+# New memory is filled with NaN then: what no program writes, and is read all the same, shows.
+torch.use_deterministic_algorithms(True)
 
 # dtype -> bound relative to the largest entry: half a unit in the last place and float32 sums in another order
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
@@ -76,8 +99,8 @@ def test_backward(dtype, shape, scale, bias, saved_base, strided):
 
     g, s, c64, z64, b64, bias64 = double(grad, saved, c, z, b, bias_)
     close(dz, g @ b64, dtype)
-    # A rank above 32 leaves this product to the vendor's library, rounded as the rows are.
-    db_dtype = dtype if shape[2] > 32 else torch.float32
+    # The vendor's product is rounded as the rows are.
+    db_dtype = dtype if shape[2] > LARGEST_KERNEL_RANK else torch.float32
     close(db, g.T @ z64, db_dtype)
     assert dz.stride() == z.stride() and dz.dtype == dtype and db.dtype == torch.float32
     if bias:

@@ -27,6 +27,10 @@ FLAGS = {
 }
 # Tensors in the dtype of the rows; every other tensor is in float32.
 ROWS = {"base", "z", "y", "grad", "saved", "dbase", "weight"}
+# Arguments that are one in every launch, and so constants to Triton.
+ONES = ("STEPS", "a_stride_i")
+# Sizes and strides that are multiples of 16 in most launches.
+ALIGNED = ("OUT", "IN", "a_stride_r", "base_stride", "grad_stride", "saved_stride")
 
 
 def tile_constants(tiles, *names):
@@ -60,12 +64,9 @@ def compiled(kernel, dtype, tiles, constants, arch):
         sizes = name.isupper() or "stride" in name
         return "i32" if sizes else "*fp32"
 
+    constants = constants | {name: 1 for name in ONES if name in kernel.arg_names}
     # As the launch sees them on aligned tensors: pointers and row strides divisible by 16.
-    aligned = [
-        (index,)
-        for index, name in enumerate(kernel.arg_names)
-        if kind(name).startswith("*") or name in ("OUT", "IN", "base_stride", "grad_stride", "saved_stride")
-    ]
+    aligned = [(index,) for index, name in enumerate(kernel.arg_names) if kind(name).startswith("*") or name in ALIGNED]
     source = ASTSource(
         fn=kernel,
         signature={name: kind(name) for name in kernel.arg_names},

@@ -18,7 +18,7 @@ CHECKS = Path(__file__).with_name("interpreted_kernels.py")
 
 def test_every_kernel_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "SORA_HW_INTERPRETED": "cuda"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     summary = re.search(r"(\d+) passed", result.stdout)

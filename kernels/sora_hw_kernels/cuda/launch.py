@@ -1,13 +1,9 @@
-"""What every launch shares: which inputs the kernels take, tile sizes, and the device they are launched on."""
+"""What every launch shares: its configuration, and the device that it is on."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-# One tile of the rank dimension: `tl.dot` needs at least 16.
-RANK_TILES = (16, 32, 64, 128)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -27,21 +23,6 @@ class Tiles:
     rank: int
     warps: int
     stages: int = 1
-
-
-def rank_tile(rank: int, largest: int) -> int:
-    """The smallest tile that holds the rank, or the largest there is."""
-    return next((tile for tile in RANK_TILES if rank <= tile <= largest), largest)
-
-
-def taken(rows: Tensor, *coefficients: Tensor | None) -> bool:
-    """Whether the kernels take these inputs: rows of a dtype of `DTYPES`, every coefficient in float32."""
-    return rows.dtype in DTYPES and all(t is None or t.dtype == torch.float32 for t in coefficients)
-
-
-def with_unit_columns(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous; rows may lie any stride apart, so slices are not copied."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def on_device_of(t: Tensor):

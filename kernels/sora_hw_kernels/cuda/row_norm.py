@@ -2,59 +2,13 @@
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from sora_hw_kernels.cuda.launch import RANK_TILES, Tiles, on_device_of, rank_tile, taken
+from sora_hw_kernels.cuda.launch import Tiles, on_device_of
 from sora_hw_kernels.cuda.scale_rank import precision
 from sora_hw_kernels.reference import row_norm as reference
-
-
-@triton.jit
-def row_norm_kernel(
-    weight,
-    norm_squared,
-    scale,
-    b,
-    a,
-    b_gram,
-    norm,
-    OUT,
-    IN,
-    R,
-    weight_stride_o,
-    weight_stride_i,
-    HAS_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILE_O: tl.constexpr,
-    TILE_I: tl.constexpr,
-    TILE_R: tl.constexpr,
-):
-    """TILE_O norms: `W0 a^T` summed in registers over tiles of inputs, then the three terms of the square."""
-    o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
-    r = tl.arange(0, TILE_R)
-    o_in, r_in = o < OUT, r < R
-    o_wide = o.to(tl.int64)
-
-    cross = tl.zeros((TILE_O, TILE_R), dtype=tl.float32)
-    for first in range(0, IN, TILE_I):
-        i = first + tl.arange(0, TILE_I)
-        w_at = weight + o_wide[:, None] * weight_stride_o + i[None, :].to(tl.int64) * weight_stride_i
-        w_tile = tl.load(w_at, mask=o_in[:, None] & (i < IN)[None, :], other=0.0)
-        a_tile = tl.load(a + i[:, None] + r[None, :] * IN, mask=(i < IN)[:, None] & r_in[None, :], other=0.0)
-        cross = tl.dot(w_tile, a_tile.to(weight.dtype.element_ty), cross, input_precision=PRECISION)
-
-    b_tile = tl.load(b + o[:, None] * R + r[None, :], mask=o_in[:, None] & r_in[None, :], other=0.0)
-    b_gram_tile = tl.load(b_gram + o[:, None] * R + r[None, :], mask=o_in[:, None] & r_in[None, :], other=0.0)
-    low_rank = tl.sum(b_gram_tile * b_tile, axis=1)
-    mixed = 2.0 * tl.sum(cross * b_tile, axis=1)
-    base = tl.load(norm_squared + o, mask=o_in, other=0.0)
-    if HAS_SCALE:
-        c = tl.load(scale + o, mask=o_in, other=0.0)
-        base *= c * c
-        mixed *= c
-    # Rounding can leave a vanishing row slightly below zero; its norm is zero then, not NaN.
-    tl.store(norm + o, tl.sqrt(tl.maximum(base + mixed + low_rank, 0.0)), mask=o_in)
+from sora_hw_kernels.triton_kernels.inputs import RANK_TILES, rank_tile, taken
+from sora_hw_kernels.triton_kernels.row_norm import row_norm_kernel
 
 
 def row_norm_tiles(rank: int, dtype: torch.dtype) -> Tiles:
@@ -87,6 +41,8 @@ def factored_row_norm(weight: Tensor, norm_squared: Tensor, scale: Tensor | None
             inputs,
             rank,
             *weight.stride(),
+            *a.stride(),
+            STEPS=1,
             HAS_SCALE=scale is not None,
             PRECISION=precision(weight.dtype),
             TILE_O=tiles.rows,

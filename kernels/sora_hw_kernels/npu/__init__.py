@@ -1,0 +1,17 @@
+"""Ascend NPUs: Triton-Ascend kernels where they can be launched, else a composition of the vendor's operators.
+
+Registered under PrivateUse1, the key that torch_npu renames to "npu". Importing this imports neither torch_npu nor
+triton: both are looked for when a tensor on an NPU calls.
+"""
+
+import torch
+
+from sora_hw_kernels.npu import verifier
+from sora_hw_kernels.npu.launch import describe
+
+__all__ = ["describe"]
+
+torch.library.impl("sora_hw::scale_rank_update", "privateuseone", verifier.forward)
+torch.library.impl("sora_hw::scale_rank_update_backward", "privateuseone", verifier.backward)
+torch.library.impl("sora_hw::input_gradient", "privateuseone", verifier.input_gradient)
+torch.library.impl("sora_hw::factored_row_norm", "privateuseone", verifier.factored_row_norm)

@@ -1,0 +1,161 @@
+"""The tiles of `y = scale * base + z b^T + bias` and of its gradients, for every device that Triton compiles for.
+
+Program p of P takes the tiles p, p + P, p + 2 P, ..., STEPS of them. A GPU is given a program a tile: Triton makes a
+constant of an argument that is 1, and the loop is gone. An NPU is given a program a core. What lies beyond the last
+tile has neither rows nor features: nothing is read there, and the sums that are written are zero.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def forward_kernel(
+    base,
+    scale,
+    z,
+    b,
+    bias,
+    mask,
+    y,
+    mask_scale,
+    N,
+    OUT,
+    R,
+    base_stride,
+    z_stride_n,
+    z_stride_r,
+    b_stride_o,
+    b_stride_r,
+    STEPS,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_O: tl.constexpr,
+    TILE_R: tl.constexpr,
+):
+    """(TILE_N, TILE_O) tiles of `y = scale * base + mask * mask_scale * (z b^T) + bias`, rounded once."""
+    tiles_o = tl.cdiv(OUT, TILE_O)
+    for step in range(0, STEPS):
+        tile = tl.program_id(0) + step * tl.num_programs(0)
+        n = (tile // tiles_o) * TILE_N + tl.arange(0, TILE_N)
+        o = (tile % tiles_o) * TILE_O + tl.arange(0, TILE_O)
+        n_wide = n.to(tl.int64)
+        inside = (n < N)[:, None] & (o < OUT)[None, :]
+
+        base_tile = tl.load(base + n_wide[:, None] * base_stride + o[None, :], mask=inside, other=0.0)
+        total = tl.zeros((TILE_N, TILE_O), dtype=tl.float32)
+        for first in range(0, R, TILE_R):
+            r = first + tl.arange(0, TILE_R)
+            z_at = z + n_wide[:, None] * z_stride_n + r[None, :].to(tl.int64) * z_stride_r
+            b_at = b + r[:, None] * b_stride_r + o[None, :] * b_stride_o
+            z_tile = tl.load(z_at, mask=(n < N)[:, None] & (r < R)[None, :], other=0.0).to(tl.float32)
+            b_tile = tl.load(b_at, mask=(r < R)[:, None] & (o < OUT)[None, :], other=0.0).to(tl.float32)
+            total = tl.dot(z_tile, b_tile, total, input_precision=PRECISION)
+        if HAS_MASK:
+            kept = tl.load(mask + n_wide[:, None] * OUT + o[None, :], mask=inside, other=0)
+            total = tl.where(kept != 0, total * mask_scale, 0.0)
+        if HAS_SCALE:
+            total += base_tile.to(tl.float32) * tl.load(scale + o, mask=o < OUT, other=0.0)[None, :]
+        else:
+            total += base_tile.to(tl.float32)
+        if HAS_BIAS:
+            total += tl.load(bias + o, mask=o < OUT, other=0.0)[None, :]
+        tl.store(y + n_wide[:, None] * OUT + o[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    grad,
+    saved,
+    scale,
+    z,
+    b,
+    bias,
+    dbase,
+    dz_parts,
+    db_parts,
+    product_parts,
+    grad_parts,
+    N,
+    OUT,
+    R,
+    CHUNK,
+    grad_stride,
+    saved_stride,
+    z_stride_n,
+    z_stride_r,
+    STEPS,
+    HAS_RANK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    NEED_BASE: tl.constexpr,
+    SUBTRACT_BIAS: tl.constexpr,
+    SUM_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_O: tl.constexpr,
+    TILE_R: tl.constexpr,
+):
+    """CHUNK rows of one tile of features at a time: one read of the gradient for all the sums it enters.
+
+    Writes `dbase`; over this tile's features the partial sums of `dz`, (tiles_o, N, R); over these rows those of `db`,
+    (chunks, OUT, R), of `colsum(grad * saved)` and of `colsum(grad)`, both (chunks, OUT).
+    """
+    tiles_o = tl.cdiv(OUT, TILE_O)
+    for step in range(0, STEPS):
+        tile = tl.program_id(0) + step * tl.num_programs(0)
+        tile_o = tile % tiles_o
+        chunk = tile // tiles_o
+        o = tile_o * TILE_O + tl.arange(0, TILE_O)
+        o_in = o < OUT
+        r = tl.arange(0, TILE_R)
+        r_in = r < R
+
+        if HAS_RANK:
+            b_tile = tl.load(b + o[:, None] * R + r[None, :], mask=o_in[:, None] & r_in[None, :], other=0.0)
+            b_tile = b_tile.to(grad.dtype.element_ty)
+            db = tl.zeros((TILE_O, TILE_R), dtype=tl.float32)
+        if HAS_SCALE:
+            scale_row = tl.load(scale + o, mask=o_in, other=0.0)[None, :]
+            products = tl.zeros((TILE_O,), dtype=tl.float32)
+            if SUBTRACT_BIAS:
+                bias_row = tl.load(bias + o, mask=o_in, other=0.0)[None, :]
+        if SUM_GRAD:
+            grads = tl.zeros((TILE_O,), dtype=tl.float32)
+
+        for first in range(chunk * CHUNK, min((chunk + 1) * CHUNK, N), TILE_N):
+            n = first + tl.arange(0, TILE_N)
+            n_wide = n.to(tl.int64)
+            inside = (n < N)[:, None] & o_in[None, :]
+            g = tl.load(grad + n_wide[:, None] * grad_stride + o[None, :], mask=inside, other=0.0)
+            if HAS_RANK:
+                rank_in = (n < N)[:, None] & r_in[None, :]
+                z_at = z + n_wide[:, None] * z_stride_n + r[None, :].to(tl.int64) * z_stride_r
+                z_tile = tl.load(z_at, mask=rank_in, other=0.0)
+                db = tl.dot(tl.trans(g), z_tile, db, input_precision=PRECISION)
+                dz = tl.dot(g, b_tile, input_precision=PRECISION)
+                dz_row = tile_o.to(tl.int64) * N + n_wide
+                tl.store(dz_parts + dz_row[:, None] * R + r[None, :], dz, mask=rank_in)
+            wide = g.to(tl.float32)
+            if SUM_GRAD:
+                grads += tl.sum(wide, axis=0)
+            if HAS_SCALE:
+                kept = tl.load(saved + n_wide[:, None] * saved_stride + o[None, :], mask=inside, other=0.0)
+                kept = kept.to(tl.float32)
+                if SUBTRACT_BIAS:
+                    kept -= bias_row
+                products += tl.sum(wide * kept, axis=0)
+                if NEED_BASE:
+                    scaled = (wide * scale_row).to(dbase.dtype.element_ty)
+                    tl.store(dbase + n_wide[:, None] * OUT + o[None, :], scaled, mask=inside)
+
+        sums_at = chunk * OUT + o
+        if HAS_RANK:
+            db_at = db_parts + sums_at.to(tl.int64)[:, None] * R + r[None, :]
+            tl.store(db_at, db, mask=o_in[:, None] & r_in[None, :])
+        if HAS_SCALE:
+            tl.store(product_parts + sums_at, products, mask=o_in)
+        if SUM_GRAD:
+            tl.store(grad_parts + sums_at, grads, mask=o_in)

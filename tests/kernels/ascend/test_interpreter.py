@@ -1,0 +1,25 @@
+"""The NPU's kernels against float64 on the CPU: Triton-Ascend's interpreter runs them, called through the verifier.
+
+Triton decides at its import whether to interpret, so the checks run in a process of their own; they are those of the
+CUDA kernels, in ../interpreted_kernels.py.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.ascend", reason="needs the environment that ci/ascend makes")
+CHECKS = Path(__file__).parents[1] / "interpreted_kernels.py"
+
+
+def test_every_kernel_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "SORA_HW_INTERPRETED": "npu"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    summary = re.search(r"(\d+) passed", result.stdout)
+    assert summary and int(summary[1]) > 100 and "skipped" not in result.stdout
