@@ -104,14 +104,16 @@ def _environment() -> Section:
 
 def _kernels() -> Section:
     """Who serves each device. A package that fails is a problem where its device is; a device without one is none."""
-    section = Section(_table("Kernels", "device", "package", "folder", "state"))
+    section = Section(_table("Kernels", "device", "package", "kernels", "folder", "state"))
     packages = ops.kernel_packages()
     for package in packages:
         device = DEVICES.get(package.device_type)
         problem = package.error or _operator_problem(device)
         needed = device is None or device.is_usable() is None
         state = (BROKEN if needed else NO) if problem else OK
-        section.table.add_row(package.device_type, package.distribution, _folder(package.module), state)
+        section.table.add_row(
+            package.device_type, package.distribution, package.describe(), _folder(package.module), state
+        )
         if problem:
             found = section.problems if needed else section.notes
             found.append(f"the kernels for {package.device_type} ({package.module}): {problem}")
@@ -119,10 +121,10 @@ def _kernels() -> Section:
         if device.type in {package.device_type for package in packages}:
             continue
         if missing := missing_kernels(device):
-            section.table.add_row(device.type, "-", "-", NO)
+            section.table.add_row(device.type, "-", "-", "-", NO)
             (section.problems if device.type == "cpu" else section.notes).append(missing)
         else:
-            section.table.add_row(device.type, "slow generic operators", "-", f"{FALLBACK_VARIABLE}=1")
+            section.table.add_row(device.type, "slow generic operators", "-", "-", f"{FALLBACK_VARIABLE}=1")
     return section
 
 

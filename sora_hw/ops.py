@@ -11,6 +11,7 @@ add a device without touching this repository. A device that no package serves r
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Literal
@@ -241,6 +242,11 @@ class KernelPackage:
     module: str
     distribution: str
     error: str | None
+
+    def describe(self) -> str:
+        """The module, and which of its kernels serve on this machine where it tells (its function `describe`)."""
+        tell = getattr(sys.modules.get(self.module), "describe", None)
+        return f"{self.module}: {tell()}" if tell else self.module
 
 
 _packages: list[KernelPackage] = []

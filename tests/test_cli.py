@@ -57,7 +57,7 @@ def test_the_doctor_approves_of_this_machine(examined):
     assert "Ready: training on the CPU can start." in out
     assert re.search(rf"torch +│ {re.escape(torch.__version__)} +│ >=2.11,<2.14 .* ok", out)
     assert re.search(r"cpu .* GiB +│ gloo +│ ok", out)
-    assert re.search(r"cpu +│ sora_hw [\d.]+ +│ \S*sora_hw_kernels/reference +│ ok", out)
+    assert re.search(r"cpu +│ sora_hw [\d.]+ +│ sora_hw_kernels\.reference +│ \S*/reference +│ ok", out)
     assert re.search(r"commonsense +│ meta-llama/Meta-Llama-3-8B +│ ok", out)
     assert re.search(r"SORA_HW_FALLBACK +│ not set", out)
 
@@ -160,10 +160,17 @@ def test_a_vendor_s_device_that_we_have_no_record_of_is_listed(examined, monkeyp
     assert re.search(r"xpu +│ vendor-xpu 1.0", out)
 
 
+def test_which_kernels_of_a_package_serve_is_shown(examined):
+    _, out = examined()
+    words = r"composition of torch_npu operators \(Triton-Ascend is not installed\)|Triton-Ascend kernels"
+    assert re.search(rf"npu +│ sora_hw [\d.]+ +│ sora_hw_kernels.npu: ({words})", out)
+
+
 def test_the_fallback_is_shown(examined, monkeypatch):
     monkeypatch.setenv("SORA_HW_FALLBACK", "1")
+    monkeypatch.setattr(ops, "_packages", [_package("cpu")])
     _, out = examined()
-    assert re.search(r"npu +│ slow generic operators +│ - +│ SORA_HW_FALLBACK=1", out)
+    assert re.search(r"npu +│ slow generic operators +│ - +│ - +│ SORA_HW_FALLBACK=1", out)
     assert re.search(r"SORA_HW_FALLBACK +│ 1", out)
 
 

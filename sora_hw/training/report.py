@@ -31,9 +31,9 @@ def what_runs(plan: Plan) -> str:
 
 
 def kernels(device: Device) -> str:
-    """The module whose kernels serve `device`."""
+    """Whose kernels serve `device`."""
     package = ops.serving(device.type)
-    return package.module if package else "the slow generic operators (SORA_HW_FALLBACK=1)"
+    return package.describe() if package else "the slow generic operators (SORA_HW_FALLBACK=1)"
 
 
 def print_plan(plan: Mapping[str, object], console: Console, as_json: bool) -> None:

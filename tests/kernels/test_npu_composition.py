@@ -65,7 +65,7 @@ def close(actual, reference, dtype, factor=1):
 def test_forward(dtype, shape, scale, bias, strided, b_dtype):
     args = inputs(dtype, *shape, scale, bias, strided, b_dtype)
     kept = args[0].clone()
-    y = composition.forward(*args, "output")
+    y = composition.forward(*args)
     base, c, z, b, bias_ = double(*args)
     assert y.dtype == dtype and y.is_contiguous() and torch.equal(args[0], kept)
     terms = [base * (1 if c is None else c), z @ b.T, 0 if bias_ is None else bias_]
@@ -83,7 +83,7 @@ def test_forward(dtype, shape, scale, bias, strided, b_dtype):
 def test_backward(dtype, shape, scale, bias, strided, saved_base):
     grad, c, z, b, bias_ = inputs(dtype, *shape, scale, bias, strided)
     base = torch.randn(shape[:2], generator=torch.Generator().manual_seed(1)).to(dtype)
-    saved = base if saved_base else composition.forward(base, c, z, b, bias_, "output")
+    saved = base if saved_base else composition.forward(base, c, z, b, bias_)
     kept = saved.clone()
     dbase, dz, db, dc, dbias = composition.backward(grad, saved, c, z, b, bias_, saved_base, True)
 
@@ -161,7 +161,7 @@ class Temporaries(TorchDispatchMode):
 def test_one_temporary_of_the_size_of_the_rows(scale, bias):
     args = inputs(torch.bfloat16, 40, 50, 3, scale, bias)
     with Temporaries(args[0].shape) as forward:
-        composition.forward(*args, "output")
+        composition.forward(*args)
     with Temporaries(args[0].shape) as backward:
         composition.backward(args[0], args[0], *args[1:], False, True)
     assert len(forward.made) == 1

@@ -45,7 +45,7 @@ def test_the_composition_serves_where_there_is_no_triton_ascend(monkeypatch):
 def test_the_reference_serves_float64(kernels):
     assert verifier.serving(torch.ones(3, 4).double(), VECTOR.double()) is reference_scale_rank
     rows, z, b = torch.randn(3, 4).double(), torch.randn(3, 2).double(), torch.randn(4, 2).double()
-    assert torch.equal(verifier.forward(rows, None, z, b, None, "output"), torch.addmm(rows, z, b.t()))
+    assert torch.equal(verifier.forward(rows, None, z, b, None), torch.addmm(rows, z, b.t()))
 
 
 def test_each_operator_reaches_what_serves_it(kernels):
@@ -53,10 +53,10 @@ def test_each_operator_reaches_what_serves_it(kernels):
     given = {}
     for name in ("forward", "backward", "input_gradient"):
         setattr(kernels.scale_rank, name, lambda *args, name=name: given.setdefault(name, args))
-    verifier.forward(rows, VECTOR, z, b, VECTOR, "output")
+    verifier.forward(rows, VECTOR, z, b, VECTOR)
     verifier.backward(rows, rows, VECTOR, z, b, VECTOR, False, True)
     verifier.input_gradient(rows, z, a, None, 2.0)
-    assert given["forward"] == (rows, VECTOR, z, b, VECTOR, "output")
+    assert given["forward"] == (rows, VECTOR, z, b, VECTOR)
     assert given["backward"] == (rows, rows, VECTOR, z, b, VECTOR, False, True)
     assert given["input_gradient"] == (rows, z, a, None, 2.0)
 

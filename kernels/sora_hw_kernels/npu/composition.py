@@ -13,8 +13,8 @@ from torch import Tensor
 from sora_hw.ops import empty_gradients
 
 
-def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, keep: str) -> Tensor:
-    """(N, out); see `sora_hw.ops.scale_rank_update`. `keep` concerns autograd only."""
+def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, out); see `sora_hw.ops.scale_rank_update`."""
     dtype = torch.promote_types(base.dtype, torch.float32)
     y = base.to(dtype, copy=True) if scale is None else torch.mul(base, scale.to(dtype))
     y.addmm_(z.to(dtype), b.to(dtype).t())

@@ -23,8 +23,8 @@ PRECISION = "ieee"
 _PARTS_A_CORE = 4
 
 
-def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, keep: str) -> Tensor:
-    """(N, out); see `sora_hw.ops.scale_rank_update`. `keep` concerns autograd only."""
+def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, out); see `sora_hw.ops.scale_rank_update`."""
     return _update(base, z, b.t(), scale=scale, bias=bias)
 
 

@@ -14,9 +14,9 @@ from sora_hw_kernels.reference import scale_rank as reference_scale_rank
 from sora_hw_kernels.triton_kernels.inputs import RANK_TILES
 
 
-def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, keep: str) -> Tensor:
+def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """(N, out); see `sora_hw.ops.scale_rank_update`."""
-    return serving(base, scale, bias).forward(base, scale, z, b, bias, keep)
+    return serving(base, scale, bias).forward(base, scale, z, b, bias)
 
 
 def backward(

@@ -134,7 +134,7 @@ def loaded_bytes(launched, *matrix_operands):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_forward_kernel(lowering, dtype):
     for shape, (scale, bias) in itertools.product(SHAPES, [(True, True), (True, False), (False, True), (False, False)]):
-        scale_rank.forward(*inputs(dtype, *shape, scale, bias), "output")
+        scale_rank.forward(*inputs(dtype, *shape, scale, bias))
     for shape, masked in itertools.product(SHAPES, (True, False)):
         n, features, r = shape
         grad, _, dz, _, _ = inputs(dtype, *shape)
@@ -224,5 +224,5 @@ def test_a_tile_larger_than_the_unified_buffer_is_seen(lowering, monkeypatch):
     small = tiles.forward_tiles(16, torch.float32)
     large = dataclasses.replace(small, rows=8 * small.rows)
     monkeypatch.setattr(scale_rank, "forward_tiles", lambda rank, dtype: large)
-    scale_rank.forward(*inputs(torch.float32, 256, 256, 16), "output")
+    scale_rank.forward(*inputs(torch.float32, 256, 256, 16))
     assert tiles.COPIES * loaded_bytes(lowering.launched[0], (large.rows, 16)) > tiles.UNIFIED_BUFFER_BYTES
