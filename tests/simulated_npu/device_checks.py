@@ -27,7 +27,15 @@ def test_views_share_storage_and_the_host_does_not():
     rows.t()[0, 0] = -1
     assert x.tolist() == [-1, 1, 2, 3, 40, 50, 60, 70, 8, 9, 10, 11]
     assert host[4] == 4
-    assert x.unfold(0, 4, 4).is_npu and torch.equal(x.unfold(0, 4, 4), rows)
+    complex_pairs = torch.view_as_complex(x.view(6, 2))
+    halves = rows[:, :2].reshape(3, 2, 1)
+    for view in (x.unfold(0, 4, 4), halves, torch.view_as_real(complex_pairs), x.view(torch.int32)):
+        assert view.is_npu and view.data_ptr() == x.data_ptr()
+    assert torch.equal(x.unfold(0, 4, 4), rows)
+    other = torch.empty(0, device="npu")
+    for source in (x, x.untyped_storage()):
+        assert other.set_(source).data_ptr() == x.data_ptr()
+    assert other.set_().untyped_storage().size() == 0
     x.untyped_storage().resize_(0)
     assert x.untyped_storage().size() == 0
 
@@ -48,6 +56,10 @@ def test_each_index_is_a_device():
     # What grows stays where it was, storage included.
     for grown in (torch.arange(3, device="npu:3"), torch.empty(0, device="npu:3").resize_(5)):
         assert grown.device == grown.untyped_storage().device == torch.device("npu:3")
+    storage = torch.ones(2, device="npu:3").untyped_storage()
+    storage.resize_(64)
+    grown = torch.empty(0, device="npu:3").set_(storage)
+    assert storage.device == torch.device("npu:3") and grown.numel() == 16 and grown[:2].tolist() == [1, 1]
     assert torch.arange(3, device="npu:3").to("npu:0").device.index == 0
     with pytest.raises(RuntimeError, match="there is no device 8"):
         torch.ones(1, device="npu:8")
@@ -203,7 +215,9 @@ def test_memory_is_counted():
 
 def test_pinned_memory():
     pinned = torch.arange(6.0).pin_memory()
-    assert pinned.is_pinned() and pinned[4:].is_pinned() and not torch.ones(3).is_pinned()
+    assert pinned.is_pinned() and pinned[4:].is_pinned()
+    neighbours = [(torch.ones(3), torch.ones(3).pin_memory()) for _ in range(20)]
+    assert not any(pageable.is_pinned() for pageable, _ in neighbours)
     assert torch.equal(pinned.to("npu", non_blocking=True).cpu(), torch.arange(6.0))
 
 
@@ -267,6 +281,8 @@ def probes():
         library.define(f"probe_{name}(Tensor x) -> Tensor")
         library.impl(f"probe_{name}", torch.clone, key)
     library.impl("probe_native", torch.clone, "CPU")
+    library.define("probe_view(Tensor(a) x) -> Tensor(a)")
+    library.impl("probe_view", torch.clone, "CPU")
     torch.library.register_autograd(
         "sora_hw::probe_native", lambda ctx, grad: torch.ops.sora_hw.probe_native(grad), lib=library
     )
@@ -287,6 +303,12 @@ def test_what_ran_where_is_counted(probes):
     simulation.reset()
     probes.probe_native(torch.ones(2))
     assert simulation.counts() == {"native": {}, "composite": {}, "cpu_fallback": {}}, "a call on the CPU is none"
+
+
+def test_a_view_without_a_kernel_is_refused(probes):
+    """A copy in its place would lose what is written into it."""
+    with pytest.raises(RuntimeError, match="view operator"):
+        probes.probe_view(torch.ones(4, device="npu"))
 
 
 EPILOGUES = {

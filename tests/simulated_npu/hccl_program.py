@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 from torch.nn.parallel import DistributedDataParallel
 
 dist.init_process_group("hccl")
@@ -58,6 +59,22 @@ def check_collectives():
     dist.barrier()
 
 
+def check_coalesced_collectives():
+    wholes = [torch.empty(size, 1, device="npu") for _ in range(2)]
+    with _coalescing_manager():
+        for index, whole in enumerate(wholes):
+            dist.all_gather_into_tensor(whole, tensor(rank + 10 * index))
+    assert [whole.flatten().tolist() for whole in wholes] == [[0, 1], [10, 11]]
+    parts = [torch.empty(1, 1, device="npu") for _ in range(2)]
+    with _coalescing_manager():
+        for index, part in enumerate(parts):
+            dist.reduce_scatter_tensor(part, tensor(1, 2 + index))
+    assert [part.item() for part in parts] == ([2, 2], [4, 6])[rank]
+    sums = [tensor(rank), tensor(rank, 2)]
+    dist.all_reduce_coalesced(sums)
+    assert [each.tolist() for each in sums] == [[1], [1, 4]]
+
+
 def check_that_host_memory_is_refused():
     try:
         dist.all_reduce(torch.ones(1))
@@ -85,6 +102,7 @@ def check_data_parallel_training():
 
 
 check_collectives()
+check_coalesced_collectives()
 check_that_host_memory_is_refused()
 check_data_parallel_training()
 dist.destroy_process_group()

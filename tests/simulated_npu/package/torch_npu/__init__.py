@@ -33,9 +33,7 @@ __version__ = torch.__version__.partition("+")[0]
 
 
 def _autoload() -> None:
-    """Called by torch at the end of its own import."""
-    if os.environ.get("RANK", "0") == "0":
-        print("simulated NPU: host memory, no Ascend hardware", file=sys.stderr)
+    """Called by torch at the end of its own import, which is done by then: everything happens at the import of this."""
 
 
 def _hccl(store, rank, size, timeout):
@@ -46,6 +44,9 @@ torch.utils.rename_privateuse1_backend("npu")
 torch._register_device_module("npu", npu)
 torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
 dist.Backend.register_backend("hccl", _hccl, devices=["npu"])
+
+if os.environ.get("RANK", "0") == "0":  # one rank says it for all
+    print("simulated NPU: host memory, no Ascend hardware", file=sys.stderr)
 
 from torch_npu import simulation  # noqa: E402, F401
 from torch_npu.operators import *  # noqa: E402, F403

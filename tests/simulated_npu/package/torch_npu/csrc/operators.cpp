@@ -5,7 +5,6 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/native/CPUFallback.h>
-#include <ATen/native/Resize.h>
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
@@ -19,8 +18,10 @@
 #include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
 
+#include <algorithm>
 #include <mutex>
 #include <optional>
+#include <string_view>
 
 namespace simulated_npu {
 namespace {
@@ -43,7 +44,7 @@ bool on_npu(const c10::IValue& value) {
 // Those that have none reach `cpu_fallback`, which counts for itself.
 std::unique_ptr<at::ObserverContext> observe(const at::RecordFunction& call) {
   const std::string_view name = call.name();
-  if (!name.starts_with("sora_hw::") && !name.starts_with("npu::")) {
+  if (name.rfind("sora_hw::", 0) != 0 && name.rfind("npu::", 0) != 0) {
     return nullptr;
   }
   const auto inputs = call.inputs();
@@ -102,13 +103,13 @@ std::vector<at::Tensor> tensors_of(const c10::IValue& value) {
   return {};
 }
 
-// As on every accelerator, operands lie on one device; a number may lie on the CPU, and so may an index.
+// As on every accelerator, operands lie on one device. A number may lie on the CPU, and so may what `x[...]` is indexed
+// by: lists of optional tensors are not looked at.
 std::optional<at::Device> common_device(const c10::OperatorHandle& op, c10::ArrayRef<c10::IValue> arguments) {
-  const bool indexing = op.operator_name().name.find("index") != std::string::npos;
   std::optional<at::Device> device;
   for (const auto& argument : arguments) {
     for (const auto& tensor : tensors_of(argument)) {
-      if (!tensor.defined() || (tensor.is_cpu() && (tensor.dim() == 0 || indexing))) {
+      if (!tensor.defined() || (tensor.is_cpu() && tensor.dim() == 0)) {
         continue;
       }
       TORCH_CHECK(
@@ -130,18 +131,17 @@ void cpu_fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   count("cpu_fallback", op.operator_name().name);
   const auto device = common_device(op, torch::jit::last(stack, op.schema().arguments().size()));
 
-  bool generator_given = false;
   for (auto argument = stack->end() - op.schema().arguments().size(); argument != stack->end(); ++argument) {
     if (argument->isGenerator() && argument->toGenerator().device().is_privateuseone()) {
       *argument = host_generator(argument->toGenerator());
-      generator_given = true;
     }
   }
   std::optional<DeviceRandomness> randomness;
-  if (device && !generator_given && op.hasTag(at::Tag::nondeterministic_seeded)) {
+  if (device && op.hasTag(at::Tag::nondeterministic_seeded)) {
     randomness.emplace(default_generator(device->index()));
   }
-  at::native::cpu_fallback(op, stack);
+  // A view that came from the CPU would be a copy, and what is written into it lost: such an operator needs a kernel.
+  at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
 }
 
 // The operators on storage
@@ -202,6 +202,10 @@ at::Tensor& set_storage(
   return at::native::set_storage_cpu_(self, std::move(source), offset, size, stride);
 }
 
+at::Tensor& set_empty(at::Tensor& self) {
+  return self.set_(at::empty({0}, self.options()));
+}
+
 void record_stream(at::Tensor&, at::Stream) {}
 
 // Whether `parameter.data = tensor` may move a parameter between CPU and device, as `Module.to` does.
@@ -238,7 +242,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("view_as_real", at::native::view_as_real);
   m.impl("view_as_complex", at::native::view_as_complex);
   m.impl("resize_", resize);
-  m.impl("set_", at::native::set_cpu_);
+  m.impl("set_", set_empty);
   m.impl("set_.source_Tensor", at::native::set_tensor_);
   m.impl("set_.source_Storage", at::native::set_);
   m.impl("set_.source_Storage_storage_offset", set_storage);

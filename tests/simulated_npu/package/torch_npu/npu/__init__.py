@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from torch.accelerator import current_device_index as current_device
 from torch.accelerator import (
     current_stream,
     empty_cache,
@@ -21,7 +22,6 @@ from torch.accelerator import (
     set_stream,
     synchronize,
 )
-from torch.accelerator import current_device_index as current_device
 from torch.accelerator import get_memory_info as mem_get_info
 from torch.accelerator import set_device_index as set_device
 
