@@ -2,9 +2,10 @@
 
 It is a real device to torch (PrivateUse1): tensors with storage on several device indices, streams, events, random
 state, pinned memory, autocast, the communication backend `hccl` and a few operators of `torch.ops.npu`. Operators on
-storage run natively, all others on the CPU, through the boxed fallback that torch_npu has as well. Only the tests load
-it: `tests/simulated_npu/building.py` builds the extension and puts the package on PYTHONPATH with the entry point
-through which torch loads device extensions, so every process of a run has it and nothing is patched.
+storage run natively, all others on the CPU, through a boxed fallback like torch_npu's own.
+
+Only the tests load it: `tests/simulated_npu/building.py` builds the extension and puts the package on PYTHONPATH with
+the entry point through which torch loads device extensions, so every process of a run has it and nothing is patched.
 
     csrc/device.cpp     memory with real counters, current device, streams and events, random state
     csrc/operators.cpp  the operators on storage, the fallback, autocast, and the count of what ran where

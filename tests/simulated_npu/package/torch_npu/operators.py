@@ -14,7 +14,10 @@ __all__ = []
 
 
 def fused_matmul(x1, x2, *, bias=None, x3=None, fused_op_type=""):
-    """`x1 @ x2 + bias`, then the epilogue that `fused_op_type` names; refuses what aclnnFusedMatmul refuses."""
+    """`x1 @ x2 + bias`, then the epilogue that `fused_op_type` names; refuses what aclnnFusedMatmul refuses.
+
+    CANN's documentation lists aclnnFusedMatmul for the Ascend 950 alone, not for 910B and 910C.
+    """
     half = x1.dtype in (torch.float16, torch.bfloat16)
     _check(half or (x1.dtype == torch.float32 and torch.npu.matmul.allow_hf32), f"{x1.dtype} (float32 needs HF32)")
     _check(x1.dtype == x2.dtype, f"x1 in {x1.dtype} and x2 in {x2.dtype}")

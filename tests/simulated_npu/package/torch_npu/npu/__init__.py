@@ -90,7 +90,6 @@ reset_max_memory_allocated = reset_max_memory_cached = reset_peak_memory_stats
 # Settings that change only how a real NPU computes.
 config = SimpleNamespace(allow_internal_format=True)
 matmul = SimpleNamespace(allow_hf32=False)
-conv = SimpleNamespace(allow_hf32=True)
 
 amp = SimpleNamespace(
     GradScaler=partial(torch.amp.GradScaler, "npu"),
