@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from simulated_npu.building import simulated_npu  # noqa: F401  (the fixture, for every test room)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MARKERS = {

@@ -76,18 +76,20 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def launch():
-    """`launch(ranks, *arguments, cwd=None, **variables)`, see `_launch`."""
+    """`launch(ranks, *arguments, backend="cpu", cwd=None, **variables)`, see `_launch`."""
     return _launch
 
 
 @pytest.fixture(scope="session")
 def train():
-    """`train(folder, ranks, *arguments)`, see `_train`."""
+    """`train(folder, ranks, *arguments, **options)`, see `_train`."""
     return _train
 
 
-def _launch(ranks: int, *arguments: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
-    """Run the launcher on the CPU: 0 ranks for plain python, otherwise by DeepSpeed's launcher on a port of its own."""
+def _launch(
+    ranks: int, *arguments: object, backend: str = "cpu", cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run the launcher: 0 ranks for plain python, otherwise by DeepSpeed's launcher on a port of its own."""
     command = [sys.executable, str(LAUNCHER)]
     if ranks:
         port = str(20000 + os.getpid() % 20000)
@@ -96,12 +98,12 @@ def _launch(ranks: int, *arguments: object, cwd: Path | None = None, **variables
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
-        [*command, "--backend", "cpu", *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd
+        [*command, "--backend", backend, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd
     )
 
 
-def _train(folder: Path, ranks: int, *arguments: object) -> Finished:
+def _train(folder: Path, ranks: int, *arguments: object, **options: str) -> Finished:
     """A run into `folder` that must succeed."""
-    done = _launch(ranks, "--output", folder, *arguments)
+    done = _launch(ranks, "--output", folder, *arguments, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return Finished(folder, done.stdout)
