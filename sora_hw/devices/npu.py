@@ -78,7 +78,7 @@ def hide_if_broken(environ: MutableMapping[str, str]) -> None:
     To be called before torch is imported. What is missing is told by `NPU.is_usable`, where the device is asked for.
     """
     if not _loaded() and _installed() and any(check.problem for check in _import_checks()):
-        environ.setdefault(AUTOLOAD, "0")
+        environ[AUTOLOAD] = "0"
         sys.modules["torch_npu"] = None  # Python's own mark for a module that shall not be found
 
 

@@ -209,7 +209,7 @@ class TestHiding:
     def test_a_broken_one_is_hidden_and_its_fault_still_told(self, npu_machine, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch_npu", None)  # to be put back as it was
         npu_machine.libraries.clear()
-        environ = {}
+        environ = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
         npu.hide_if_broken(environ)
         assert environ == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} and sys.modules["torch_npu"] is None
         assert importlib.util.find_spec("torch_npu") is None

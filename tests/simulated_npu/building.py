@@ -16,6 +16,9 @@ PACKAGE = Path(__file__).with_name("package") / "torch_npu"
 # Beside the other builds of the repository; it survives the test run.
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "simulated_npu"
 
+# What a program looks for before it imports torch_npu. Here they hold nothing.
+CANN_LIBRARIES = ("libascendcl.so", "libhccl.so")
+
 COMPILE = """
 import sys
 from torch.utils.cpp_extension import load
@@ -33,10 +36,16 @@ def simulated_npu(tmp_path_factory) -> dict[str, str]:
         pytest.skip(f"the simulated NPU needs a C++ compiler: {_compiler()} is not there (CXX names another)")
     site = tmp_path_factory.mktemp("simulated_npu")
     install(build_extension(), site)
-    cann = site / "cann"
-    cann.mkdir()
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"PYTHONPATH": path, "ASCEND_HOME_PATH": str(cann), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    return {
+        "PYTHONPATH": _first(site, "PYTHONPATH"),
+        "LD_LIBRARY_PATH": _first(install_cann(site / "cann"), "LD_LIBRARY_PATH"),
+        "ASCEND_HOME_PATH": str(site / "cann"),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
+    }
+
+
+def _first(folder: Path, variable: str) -> str:
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get(variable)])])
 
 
 def build_extension() -> Path:
@@ -86,3 +95,14 @@ def install(extension: Path, site: Path) -> None:
     version = torch.__version__.partition("+")[0]
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {version}\n")
     (metadata / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+
+
+def install_cann(home: Path) -> Path:
+    """Empty libraries under the names of CANN's, as far as a program asks for them; the folder that holds them."""
+    folder = home / "lib64"
+    folder.mkdir(parents=True)
+    empty = folder / "empty.cpp"
+    empty.touch()
+    for library in CANN_LIBRARIES:
+        subprocess.run([_compiler(), "-shared", str(empty), "-o", str(folder / library)], check=True)
+    return folder

@@ -4,17 +4,13 @@ It shows that placement, dispatch, launcher and ZeRO work for the device; nothin
 """
 
 import json
-from importlib.metadata import entry_points
 
 import pytest
-
-from sora_hw.ops import ENTRY_POINT_GROUP
 
 ARGUMENTS = [
     *("--model", "embedded", "--max-steps", 4, "--global-batch", 8, "--micro-batch", 4, "--warmup-steps", 1),
     *("--validation-size", 5, "--dropout", 0, "--dtype", "float32", "--seed", 11, "--save-steps", 100),
 ]
-HAS_KERNELS = bool(entry_points(group=ENTRY_POINT_GROUP, name="npu"))
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +22,6 @@ def on_cpu(tmp_path_factory, records_file, train):
 def test_losses_and_adapter_equal_those_of_the_cpu(stage, on_cpu, simulated_npu, records_file, train, tmp_path):
     log = tmp_path / "operators"
     variables = {**simulated_npu, "SIMULATED_NPU_LOG": str(log)}
-    if not HAS_KERNELS:
-        variables["SORA_HW_FALLBACK"] = "1"
     data = ("--train-data", records_file)
     run = train(tmp_path / "out", 2, *data, "--zero-stage", stage, *ARGUMENTS, backend="npu", **variables)
 
@@ -40,6 +34,6 @@ def test_losses_and_adapter_equal_those_of_the_cpu(stage, on_cpu, simulated_npu,
     for rank in (0, 1):
         counts = json.loads((log / f"rank-{rank}.json").read_text())
         assert not [name for name in counts["cpu_fallback"] if name.startswith("sora_hw::")]
-        ours = counts["native" if HAS_KERNELS else "composite"]
+        assert not counts["composite"]
         for name in ("scale_rank_update", "scale_rank_update_backward", "input_gradient"):
-            assert ours[f"sora_hw::{name}"] > 0
+            assert counts["native"][f"sora_hw::{name}"] > 0
