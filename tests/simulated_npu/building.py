@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,3 +107,19 @@ def install_cann(home: Path) -> Path:
     for library in CANN_LIBRARIES:
         subprocess.run([_compiler(), "-shared", str(empty), "-o", str(folder / library)], check=True)
     return folder
+
+
+def run(simulated_npu: dict[str, str], *command: object, **variables: str) -> subprocess.CompletedProcess:
+    """A Python program with the device, which must succeed."""
+    environment = {**os.environ, **simulated_npu, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    return done
+
+
+def run_checks(simulated_npu: dict[str, str], file: Path) -> int:
+    """A file of tests in a process with the device; how many there were, all of them passed."""
+    done = run(simulated_npu, "-m", "pytest", "-q", "-p", "no:cacheprovider", file)
+    summary = re.search(r"(\d+) passed", done.stdout)
+    assert summary and "skipped" not in done.stdout
+    return int(summary[1])

@@ -3,30 +3,19 @@
 The checks that need it run in processes of their own; most stand in device_checks.py beside this file.
 """
 
-import os
-import re
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 from simulated_npu import building
+from simulated_npu.building import run, run_checks
 
 HERE = Path(__file__).parent
 
 
-def run(simulated_npu, *command, **variables):
-    environment = {**os.environ, **simulated_npu, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    return done
-
-
 def test_every_check_on_the_device(simulated_npu):
-    done = run(simulated_npu, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "device_checks.py")
-    summary = re.search(r"(\d+) passed", done.stdout)
-    assert summary and int(summary[1]) > 30 and "skipped" not in done.stdout
+    assert run_checks(simulated_npu, HERE / "device_checks.py") > 30
 
 
 def test_two_ranks_over_hccl(simulated_npu):

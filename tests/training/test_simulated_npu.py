@@ -37,3 +37,16 @@ def test_losses_and_adapter_equal_those_of_the_cpu(stage, on_cpu, simulated_npu,
         assert not counts["composite"]
         for name in ("scale_rank_update", "scale_rank_update_backward", "input_gradient"):
             assert counts["native"][f"sora_hw::{name}"] > 0
+
+
+@pytest.mark.parametrize(("first", "second"), [("npu", "cpu"), ("cpu", "npu")])
+def test_a_checkpoint_of_one_device_goes_on_on_the_other(first, second, simulated_npu, records_file, train, tmp_path):
+    """The losses are those of the undisturbed run on the device that began."""
+    arguments = ["--train-data", records_file, "--zero-stage", 2, *ARGUMENTS, "--save-steps", 2]
+    devices = {"cpu": {"backend": "cpu"}, "npu": {"backend": "npu", **simulated_npu}}
+    whole = train(tmp_path / "whole", 2, *arguments, **devices[first])
+    checkpoint = whole.folder / "checkpoint-2"
+    again = train(tmp_path / "again", 2, "--resume", checkpoint, *arguments, **devices[second])
+    assert again.manifest["device"] == second and again.manifest["resumed_from"] == str(checkpoint)
+    assert again.losses[:2] == whole.losses[:2]
+    assert again.losses[2:] == pytest.approx(whole.losses[2:], abs=5e-5)

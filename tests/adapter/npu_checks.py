@@ -1,0 +1,130 @@
+"""Every method on the simulated NPU: values and gradients against the dense formulas on the CPU, and what ran where.
+
+Run by test_simulated_npu.py in a process that has the device.
+"""
+
+import itertools
+
+import dense
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch_npu import simulation
+
+import sora_hw
+from sora_hw.conditioning import POST, PRE, PRESETS
+from sora_hw.training.base_model import EMBEDDED, find, load_model
+
+NPU = torch.device("npu", 0)
+IN, OUT, N = 24, 40, 17
+# Rows in float32 and the weight's products in float32, against float64.
+CLOSE = {torch.float64: 1e-11, torch.float32: 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def counted():
+    """Nothing of ours may have run by the fallback to the CPU."""
+    simulation.reset()
+    yield
+    assert not [name for name in simulation.counts()["cpu_fallback"] if name.startswith(("sora_hw::", "npu::"))]
+
+
+def adapted(pre, post, dtype, **options):
+    torch.manual_seed(0)
+    options = {"r": 3, "alpha": 6, "rotation_rank": 2, "dropout": 0.0, "init_weights": False} | options
+    config = sora_hw.ConditionedConfig(pre=pre, post=post, target_modules=["0"], **options)
+    model = get_peft_model(nn.Sequential(nn.Linear(IN, OUT, dtype=dtype)), config)
+    return model.to(NPU), config
+
+
+def assert_equal_to_the_dense_formula(pre, post, dtype, **options):
+    """Forward, and the gradients of the input and of every parameter."""
+    model, config = adapted(pre, post, dtype, **options)
+    layer = model.base_model.model[0]
+    names, parameters = zip(*layer.adapter_parameters("default").items(), strict=True)
+    x = torch.randn(N, IN, dtype=dtype).to(NPU).requires_grad_()
+    y, dy = model(x), torch.randn(N, OUT, dtype=dtype).to(NPU)
+    gradients = torch.autograd.grad(y, [x, *parameters], dy)
+    assert all(t.device == NPU for t in (y, *gradients, *parameters))
+
+    x64, base = x.detach().cpu().double().requires_grad_(), layer.get_base_layer()
+    p64 = {name: p.detach().cpu().double().requires_grad_() for name, p in zip(names, parameters, strict=True)}
+    kind = {"kind": config.rotation, "rule": config.rotation_scale, "eps": config.rotation_eps}
+    weight, bias = (t.detach().cpu().double() for t in (base.weight, base.bias))
+    wanted = dense.output(x64, x64, weight, bias, pre, post, p64, config.alpha / config.r, **kind)
+    wanted = [wanted, *torch.autograd.grad(wanted, [x64, *p64.values()], dy.cpu().double())]
+    for actual, expected in zip((y, *gradients), wanted, strict=True):
+        error = torch.linalg.norm(actual.detach().cpu().double() - expected)
+        assert error <= CLOSE[dtype] * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(("pre", "post"), list(itertools.product(PRE, POST)))
+def test_every_pair_equals_the_dense_formula(pre, post, dtype):
+    assert_equal_to_the_dense_formula(pre, post, dtype)
+    ran = simulation.counts()["native"]
+    for name in ("scale_rank_update", "scale_rank_update_backward", "input_gradient"):
+        assert ran[f"sora_hw::{name}"] > 0
+    assert ("sora_hw::factored_row_norm" in ran) == (post == "magnitude")
+
+
+@pytest.mark.parametrize("rotation", ["cayley", "exp"])
+def test_every_rotation_equals_the_dense_formula(rotation):
+    assert_equal_to_the_dense_formula("diagonal", "rotation", torch.float32, rotation=rotation)
+
+
+def test_a_wrong_gradient_is_noticed():
+    """The check itself, held against a kernel whose gradient is off by one part in a thousand."""
+    library = torch.library.Library("sora_hw", "IMPL")
+    right = torch.library.get_kernel("sora_hw::scale_rank_update_backward", "PrivateUse1")
+
+    def wrong(*args):
+        dbase, dz, db, dscale, dbias = right.call_boxed(torch._C.DispatchKeySet("PrivateUse1"), *args)
+        return dbase, dz * 1.001, db, dscale, dbias
+
+    assert_equal_to_the_dense_formula("diagonal", "rotation", torch.float32)
+    library.impl("scale_rank_update_backward", wrong, "PrivateUse1", allow_override=True)
+    try:
+        with pytest.raises(AssertionError):
+            assert_equal_to_the_dense_formula("diagonal", "rotation", torch.float32)
+    finally:
+        library._destroy()
+    assert_equal_to_the_dense_formula("diagonal", "rotation", torch.float32)
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_parameter_and_activation_of_a_model_is_on_the_npu(method):
+    """The embedded model with an adapter, a training step with checkpointing: what goes in and out of every module."""
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+    model = get_peft_model(load_model(find(EMBEDDED), "float32"), sora_hw.ConditionedConfig(method=method, **options))
+    model.gradient_checkpointing_enable()
+    model.to(NPU).train()
+    devices = set()
+
+    def note(module, inputs, outputs):
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        devices.update(t.device for t in (*inputs, *outputs) if isinstance(t, torch.Tensor))
+
+    for module in model.modules():
+        module.register_forward_hook(note)
+    ids = torch.arange(24, device=NPU)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    devices.update(p.device for p in model.parameters())
+    devices.update(p.grad.device for p in model.parameters() if p.grad is not None)
+    assert devices == {NPU}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    base, z, b = (torch.randn(shape, device=NPU, dtype=dtype) for shape in ((7, 12), (7, 3), (12, 3)))
+    c, bias = torch.rand(12, device=NPU) + 0.5, torch.randn(12, device=NPU)
+    torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (base, c, z, b, bias))
+    torch.library.opcheck(
+        torch.ops.sora_hw.scale_rank_update_backward, (base, base, c, z, b.float(), bias, False, True)
+    )
+    mask = torch.rand(7, 12, device=NPU) > 0.5
+    torch.library.opcheck(torch.ops.sora_hw.input_gradient, (base, z, b.t().contiguous(), mask, 2.0))
+    norm_squared = torch.rand(12, device=NPU) + 1
+    args = (torch.randn(12, 9, device=NPU, dtype=dtype), norm_squared, c, b.float(), torch.randn(3, 9, device=NPU))
+    torch.library.opcheck(torch.ops.sora_hw.factored_row_norm, args)
