@@ -24,9 +24,9 @@ def what_runs(plan: Plan) -> str:
     """One line: what runs where."""
     recipe, profile, batch = plan.recipe, plan.profile, plan.batch
     return (
-        f"{recipe.method} on {recipe.model}: {plan.device.display_name}, ZeRO-{profile.zero_stage}, {profile.dtype}, "
-        f"global batch {batch.global_batch} = {batch.world_size} ranks x {batch.micro_batch} samples x "
-        f"{batch.accumulation} steps, kernels of {kernels(plan.device)}"
+        f"{recipe.method} on {recipe.model}: {plan.device.display_name} ({plan.device.name()}), "
+        f"ZeRO-{profile.zero_stage}, {profile.dtype}, global batch {batch.global_batch} = {batch.world_size} ranks x "
+        f"{batch.micro_batch} samples x {batch.accumulation} steps, kernels of {kernels(plan.device)}"
     )
 
 
@@ -51,11 +51,12 @@ def print_plan(plan: Mapping[str, object], console: Console, as_json: bool) -> N
             console.print(f"  {name}: {shown}", markup=False)
 
 
-def print_results(results: Mapping[str, object], console: Console) -> None:
+def print_results(results: Mapping[str, object], device: Device, console: Console) -> None:
     """The short table at the end."""
     table = Table(show_header=False, title="finished", title_justify="left")
     demo = results["embedded_questions"] or {}
     rows = {
+        "device": device.name(),
         "steps": f"{results['steps']}",
         "final loss": f"{results['final_loss']:.4f}",
         "validation loss": _shown(results["validation_loss"], "{:.4f}"),

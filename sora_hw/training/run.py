@@ -153,7 +153,7 @@ def train(job: Job, console: Console) -> None:
     results = finish(job, trainer, clock)
     if main_rank:
         job.folder.write_manifest({**manifest, "status": "finished", "finished": now(), "results": results})
-        print_results(results, console)
+        print_results(results, job.plan.device, console)
     dist.barrier()
     dist.destroy_process_group()
 
