@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ ENTRY_POINT_GROUP = "sora_hw.kernels"
 # - "inputs", for an output that will be written into: it is computed again, so the gradient is the same to the bit.
 # - "base", the base product, for a `scale` that comes near zero: nothing is divided.
 Keep = Literal["output", "inputs", "base"]
+_WAYS_TO_KEEP = get_args(Keep)
 
 torch.library.define(
     "sora_hw::input_gradient",
@@ -207,13 +208,16 @@ class _ScaleRankUpdate(torch.autograd.Function):
         ctx.keep = keep
         # Only the gradient of `scale` needs the base product or the output.
         saved = z if scale is None else y if keep == "output" else base
-        ctx.save_for_backward(saved, scale, z, b, bias)
+        # One more tensor for every other way: if a recomputation under gradient checkpointing kept something else than
+        # its forward pass, torch notices it by the number of tensors and raises an error.
+        marks = [base.new_empty(0)] * _WAYS_TO_KEEP.index(keep)
+        ctx.save_for_backward(saved, scale, z, b, bias, *marks)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        saved, scale, z, b, bias = ctx.saved_tensors
+        saved, scale, z, b, bias, *_ = ctx.saved_tensors
         need_base = ctx.needs_input_grad[0]
         if ctx.keep == "inputs" and scale is not None:
             saved = torch.ops.sora_hw.scale_rank_update(saved, scale, z, b, bias)

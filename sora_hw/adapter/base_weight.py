@@ -14,11 +14,35 @@ from torch import Tensor, nn
 
 
 class KeptProduct(NamedTuple):
-    """`Q^T W0` of one adapter and what it came from: `Q`, and the states of the parameters and of the weight."""
+    """`Q^T W0` of one adapter and what it came from: weight, states of the parameters, and on the processor `Q`."""
 
     value: Tensor
-    q: Tensor
-    state: object
+    weight: KeptWeight
+    parameters: object
+    q: Tensor | None
+
+
+class KeptWeight(NamedTuple):
+    """What shows, without waiting for the device, that a frozen weight is still the one that something was made from.
+
+    Its address and version, which a write through `.data` leaves as they are; so on the processor some of its values
+    too. A write through `.data` on another device, or to none of these values, is not seen.
+    """
+
+    address: int
+    version: int
+    device: torch.device
+    sample: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, held: Tensor) -> KeptWeight:
+        """Of a weight (out, in), `held` where it lasts: under ZeRO-3 that is this rank's part."""
+        rows, columns = (1 + size // 16 for size in weight.shape)
+        sample = weight.detach()[::rows, ::columns].clone() if weight.is_cpu else None
+        return cls(held.data_ptr(), held._version, weight.device, sample)
+
+    def is_same(self, other: KeptWeight) -> bool:
+        return self[:3] == other[:3] and (self.sample is None or torch.equal(self.sample, other.sample))
 
 
 class ReadsBaseWeight(BaseTunerLayer):
@@ -26,7 +50,13 @@ class ReadsBaseWeight(BaseTunerLayer):
 
     fan_in_fan_out: bool
     kept_products: dict[str, KeptProduct]
-    _norm_squared: tuple[object, Tensor] | None = None
+    _norm_squared: Tensor | None = None
+    _norm_source: KeptWeight | None = None
+
+    def _forget_base(self) -> None:
+        """Drop what is kept of the weight, which has been or will be written into."""
+        self._norm_squared = self._norm_source = None
+        self.kept_products.clear()
 
     def _stored_weight(self) -> Tensor:
         """`W0` as (out, in), a view of the stored weight."""
@@ -39,13 +69,13 @@ class ReadsBaseWeight(BaseTunerLayer):
     def _weight_is_readable(self) -> bool:
         """Whether the whole weight lies there as a plain floating tensor: neither quantised nor sharded."""
         weight = self.get_base_layer().weight
-        return weight.is_floating_point() and is_whole(weight)
+        return not is_quantised(weight) and is_whole(weight)
 
     @contextmanager
     def _base_weight(self) -> Iterator[Tensor]:
         """`W0` as (out, in) for reading, gathered where ZeRO-3 has sharded it."""
         weight = self.get_base_layer().weight
-        if not weight.is_floating_point():
+        if is_quantised(weight):
             raise ValueError("a magnitude needs the norm of the base weight, which a quantised layer does not give")
         # Inside a forward pass DeepSpeed has gathered it at this very access, and frees it itself.
         gathered = not hasattr(weight, "ds_id") or weight.numel() == weight.ds_numel
@@ -55,37 +85,40 @@ class ReadsBaseWeight(BaseTunerLayer):
     def _base_norm_squared(self, weight: Tensor) -> Tensor:
         """`||W0||^2` of every row, (out,), computed once and kept until the weight changes.
 
-        A change is noticed unless it is written into the frozen weight through `.data`.
+        A change of the frozen weight is noticed as far as `KeptWeight` tells.
         """
         stored = self.get_base_layer().weight
         kept = self._norm_squared
         if torch.compiler.is_compiling():  # where neither address nor version can be read
-            serves = kept is not None and kept[1].device == weight.device and not stored.requires_grad
-            return kept[1] if serves else row_norm_squared(weight)
+            serves = kept is not None and kept.device == weight.device and not stored.requires_grad
+            return kept if serves else row_norm_squared(weight)
         if stored.is_inference():
             return row_norm_squared(weight)
-        held = getattr(stored, "ds_tensor", stored)  # under ZeRO-3 this rank's part, the only thing that lasts
-        key = (held.data_ptr(), held._version, weight.device)
-        if kept is None or kept[0] != key or stored.requires_grad:
-            self._norm_squared = (key, row_norm_squared(weight))
-        return self._norm_squared[1]
+        now = KeptWeight.of(weight, getattr(stored, "ds_tensor", stored))
+        if kept is None or not self._norm_source.is_same(now) or stored.requires_grad:
+            self._norm_squared, self._norm_source = row_norm_squared(weight), now
+        return self._norm_squared
 
     def _product_with_base(self, adapter_name: str, q: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         """`Q^T W0`, (k, in), of an adapter's `q` (out, k), in the dtype of the weight, which must be readable.
 
         It costs a read of the whole weight, so it is kept where it can be known, without waiting for the device, to be
-        the same: on the processor by comparing `q`; elsewhere in the recomputation of a checkpointed forward pass,
-        since parameters may not change before its backward pass is over. Versions alone would not tell: DeepSpeed and
-        moving averages write into parameters through `.data`.
+        the same: on the processor by comparing `q`; elsewhere in the recomputation of a checkpointed forward pass of
+        training, since parameters may not change before its backward pass is over. Versions alone would not tell:
+        DeepSpeed and moving averages write into parameters through `.data`.
         """
         weight = self._stored_weight()
-        if torch.compiler.is_compiling() or weight.requires_grad or not (_can_be_kept(q) and _can_be_kept(weight)):
+        unknown = torch.compiler.is_compiling() or weight.requires_grad or not (_has_values(q) and _has_values(weight))
+        if unknown or not (q.is_cpu or self.training):
             return q.t().to(weight.dtype) @ weight
-        kept, state = self.kept_products.get(adapter_name), tensor_states([weight, *parameters])
-        if kept is not None and kept.state == state and (torch.equal(kept.q, q) if q.is_cpu else _in_backward()):
+        kept = self.kept_products.get(adapter_name)
+        source, states = KeptWeight.of(weight, weight), tensor_states(parameters)
+        same = kept is not None and kept.weight.is_same(source) and kept.parameters == states
+        if same and (torch.equal(kept.q, q) if q.is_cpu else in_backward()):
             return _Kept.apply(q, weight, kept.value)
         product = q.t().to(weight.dtype) @ weight
-        self.kept_products[adapter_name] = KeptProduct(product.detach(), q.detach(), state)
+        q_kept = q.detach() if q.is_cpu else None
+        self.kept_products[adapter_name] = KeptProduct(product.detach(), source, states, q_kept)
         return product
 
 
@@ -109,13 +142,19 @@ def tensor_states(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     return [(t.data_ptr(), t._version) for t in tensors]
 
 
-def _can_be_kept(t: Tensor) -> bool:
+def _has_values(t: Tensor) -> bool:
     """Whether a tensor has values and a version: neither a stand-in without values nor of inference mode."""
     return type(t) in (Tensor, nn.Parameter) and not t.is_inference()
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether the autograd engine is running, as in the recomputation of a checkpointed forward pass."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is packed. Its dtype alone does not say: bitsandbytes packs four bits into floats, too."""
+    return hasattr(weight, "quant_state") or not weight.is_floating_point()
 
 
 def is_whole(t: Tensor) -> bool:

@@ -10,7 +10,7 @@ Neither is seen for nothing. Looking at values waits for the device, so it must 
 inside a compiled graph: a hook looks at all layers at once after every optimiser step. And whether the output is
 written into shows only after the forward pass, so the first ones do without the output and watch. A decision must not
 change between a forward pass and its recomputation under gradient checkpointing, for the one says what the other keeps:
-what was seen counts after a backward pass, when no graph of the passes that were watched is left.
+what was seen counts once every pass that was watched has been through its backward pass, or has left no graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sora_hw.adapter.base_weight import tensor_states
+from sora_hw.adapter.base_weight import in_backward, tensor_states
+from sora_hw.devices.cuda import is_capturing
 from sora_hw.ops import Keep
 
 SMALLEST_SCALE_FROM_OUTPUT = 0.1
@@ -49,8 +50,9 @@ class _WatchedOutput:
         self.had_gradient = True
 
     @property
-    def has_graph(self) -> bool:
-        return self._graph() is not None
+    def is_pending(self) -> bool:
+        """Whether its backward pass may still come."""
+        return not self.had_gradient and self._graph() is not None
 
     @property
     def was_overwritten(self) -> bool:
@@ -74,22 +76,21 @@ class Keeping:
         self.has_small_scale[adapter_name] = False
         self._seen.pop(adapter_name, None)
 
-    def look(self, adapter_name: str, c: Tensor, parameters: Iterable[Tensor]) -> None:
-        """Look at the values of `c`, which come from these parameters."""
+    def saw(self, adapter_name: str, smallest: float, parameters: Iterable[Tensor]) -> None:
+        """The smallest |c| that these parameters give."""
         self._seen[adapter_name] = tensor_states(parameters)
-        self.has_small_scale[adapter_name] = bool(c.detach().abs().min() < SMALLEST_SCALE_FROM_OUTPUT)
+        self.has_small_scale[adapter_name] = smallest < SMALLEST_SCALE_FROM_OUTPUT
 
     def keep(self, adapter_name: str, c: Tensor | None, parameters: Iterable[Tensor]) -> Keep:
         """What this forward pass keeps."""
         if c is None or not (torch.is_grad_enabled() and c.requires_grad) or c.is_meta:
             return "output"
         compiling = torch.compiler.is_compiling()
-        if not compiling:
+        if not (compiling or is_capturing()):
             # Between optimiser steps: values that were loaded, set by hand, or gathered anew from other ranks.
             if self._seen.get(adapter_name) != tensor_states(parameters):
-                self.look(adapter_name, c, parameters)
-            if self._watched and not any(output.has_graph for output in self._watched):
-                self.learn()
+                self.saw(adapter_name, _smallest(c).item(), parameters)
+            self.learn()
         if self.has_small_scale[adapter_name]:
             return "base"
         return "output" if compiling or self._output_is_overwritten is False else "inputs"
@@ -100,7 +101,9 @@ class Keeping:
             self._watched.append(_WatchedOutput(output))
 
     def learn(self) -> None:
-        """Take what the watched outputs have shown, now that their passes are over."""
+        """Take what the watched outputs have shown, when their passes are over."""
+        if not self._watched or in_backward() or any(output.is_pending for output in self._watched):
+            return
         if any(output.was_overwritten for output in self._watched):
             self._output_is_overwritten = True
         # A pass without a gradient shows nothing: it may have been half a model.
@@ -113,6 +116,9 @@ class ScaledLayer(Protocol):
     """A layer that the hook on the optimisers' steps looks at."""
 
     keeping: Keeping
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Those of `torch.nn.Module`."""
 
     def trained_scales(self) -> Iterator[tuple[str, Tensor, Iterable[Tensor]]]:
         """Name, `c` (out,) and parameters of each adapter that is being trained and lies on this rank as a whole."""
@@ -129,10 +135,31 @@ def look_after_steps(layer: ScaledLayer) -> None:
         _hooks.append(register_optimizer_step_post_hook(_look))
 
 
-def _look(*_) -> None:
-    # All are computed before the first is waited for.
-    scales = [(layer.keeping, scale) for layer in _layers for scale in layer.trained_scales()]
-    for keeping, scale in scales:
-        keeping.look(*scale)
-    for layer in _layers:
+def _look(optimiser: torch.optim.Optimizer, *_) -> None:
+    if is_capturing():  # a graph of the whole step replays what it has captured: nothing can be looked at
+        return
+    layers = _layers_of(optimiser)
+    scales = [(layer.keeping, scale) for layer in layers for scale in layer.trained_scales()]
+    if scales:
+        # All are computed before they are waited for, once for each device.
+        smallest = [_smallest(c) for _, (_, c, _) in scales]
+        found = torch.stack([value.float().to(smallest[0].device) for value in smallest]).tolist()
+        for (keeping, (name, _, parameters)), value in zip(scales, found, strict=True):
+            keeping.saw(name, value, parameters)
+    for layer in layers:
         layer.keeping.learn()
+
+
+def _layers_of(optimiser: torch.optim.Optimizer) -> list[ScaledLayer]:
+    """The layers that an optimiser trains; all, where it holds none of their parameters but may hold copies of them.
+
+    DeepSpeed's optimisers hold flat copies of what they train. An optimiser of its own for each parameter, or for
+    another part of the model, is known by its parameters.
+    """
+    held = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+    trained = [layer for layer in _layers if any(id(parameter) in held for parameter in layer.parameters())]
+    return trained or list(_layers)
+
+
+def _smallest(c: Tensor) -> Tensor:
+    return c.detach().abs().min()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_hw import ops
-from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, is_whole, row_norm_squared
+from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, is_quantised, is_whole, row_norm_squared
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.keeping import Keeping, look_after_steps
 from sora_hw.adapter.merging import Merges
@@ -91,6 +91,11 @@ class ConditionedLinear(nn.Module, Merges):
         super().__setstate__(state)
         look_after_steps(self)  # a copy is a layer of its own
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        if any(name.startswith(f"{prefix}base_layer.") for name in state_dict):
+            self._forget_base()  # a compiled graph sees no addresses and versions
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     # --- adapters ---
 
     def update_layer(self, adapter_name: str, config: ConditionedConfig) -> None:
@@ -140,8 +145,9 @@ class ConditionedLinear(nn.Module, Merges):
     def _reset_magnitude(self, magnitude: Tensor, identity: bool) -> None:
         if self.weight.is_meta:
             return
-        with self._base_weight() as weight:
-            magnitude.copy_(self._base_norm_squared(weight).sqrt())
+        with self._unmerged_weight() as weight:
+            norm_squared = row_norm_squared(weight) if self.merged else self._base_norm_squared(weight)
+            magnitude.copy_(norm_squared.sqrt())
         if not identity:
             magnitude.mul_(1 + 0.1 * torch.randn_like(magnitude))
 
@@ -153,7 +159,7 @@ class ConditionedLinear(nn.Module, Merges):
     def cast_adapter_to_base_dtype(self, adapter_name: str) -> None:
         """Store the adapter in the base weight's dtype, where that is a floating dtype."""
         dtype = self._base_dtype()
-        if dtype.is_floating_point:
+        if not is_quantised(self.get_base_layer().weight):
             for parameter in self.adapter_parameters(adapter_name).values():
                 parameter.data = parameter.data.to(dtype)
 

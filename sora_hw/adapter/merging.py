@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from sora_hw.adapter.base_weight import ReadsBaseWeight, adapter_dtype
+from sora_hw.adapter.base_weight import ReadsBaseWeight, adapter_dtype, is_quantised
 from sora_hw.conditioning import conditioned_bias, conditioned_weight
 
 
@@ -56,6 +58,7 @@ class Merges(ReadsBaseWeight):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
+        self._forget_base()
         with self._base_gathered():
             base.weight.data.copy_(self._original.weight)
             if self._original.bias is not None:
@@ -88,9 +91,15 @@ class Merges(ReadsBaseWeight):
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.conditioned_A]
-        if names and not self._base_dtype().is_floating_point:
+        if names and is_quantised(self.get_base_layer().weight):
             raise ValueError("merging into a quantised base layer is not supported: load the base model unquantised")
         return names
+
+    @contextmanager
+    def _unmerged_weight(self) -> Iterator[Tensor]:
+        """`W0` as (out, in) for reading, whatever is merged into it now."""
+        with self._base_weight() as weight:
+            yield weight if self._original is None else self._out_in(self._original.weight).to(weight.device)
 
     def _base_gathered(self):
         base = self.get_base_layer()
@@ -131,6 +140,7 @@ class Merges(ReadsBaseWeight):
             broken = f"adapter {names[0]} seems" if len(names) == 1 else f"adapters {', '.join(names)} seem"
             raise ValueError(f"NaNs detected in the merged weights. The {broken} to be broken")
         base = self.get_base_layer()
+        self._forget_base()
         base.weight.data.copy_(self._out_in(weight))
         if bias is not None:
             base.bias.data.copy_(bias)

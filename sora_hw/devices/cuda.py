@@ -58,6 +58,13 @@ class CudaDevice(Device):
         return torch.cuda.max_memory_allocated()
 
 
+def is_capturing() -> bool:
+    """Whether the current stream is captured into a CUDA graph, where nothing may wait for the device."""
+    import torch
+
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _driver(works: bool) -> Check:
     try:
         ctypes.CDLL("libcuda.so.1")

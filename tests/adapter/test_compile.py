@@ -105,3 +105,14 @@ def test_a_scale_that_becomes_small_changes_the_graph_once():
     assert torch.isfinite(actual).all()
     (wanted,) = torch.autograd.grad(model(x).sum(), delta)
     assert torch.allclose(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sora", "dora"])
+def test_a_base_weight_that_is_loaded_anew_is_seen(method):
+    model = adapted(method=method)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(50, 24)
+    compiled(x)
+    state = {name: 2 * value if "base_layer" in name else value for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-4)

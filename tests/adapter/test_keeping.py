@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sora_hw
+from sora_hw.adapter import keeping
 from sora_hw.adapter.keeping import SMALLEST_SCALE_FROM_OUTPUT
 from sora_hw.conditioning import PRESETS
 
@@ -182,3 +183,49 @@ def test_watching_holds_no_memory():
     assert witness.untyped_storage().nbytes() == 0
     y.data.add_(1)
     assert y.shape == (50, 40)
+
+
+@pytest.mark.parametrize("method", ["sora", "prediag", "dora", "post_diag"])
+def test_an_optimiser_of_something_else_between_a_pass_and_its_recomputation(method):
+    """As a critic's: its step comes while a checkpointed pass of this model still waits for its backward pass."""
+
+    def gradients(checkpointed):
+        model, other = adapted(method, checkpointed=checkpointed), nn.Parameter(torch.ones(1))
+        other.grad = torch.ones(1)
+        torch.manual_seed(3)
+        first = model(torch.randn(50, 24)).square().sum()
+        first.backward()
+        second = model(torch.randn(50, 24)).square().sum()
+        torch.optim.SGD([other]).step()
+        second.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    assert all(torch.equal(a, w) for a, w in zip(gradients(False), gradients(None), strict=True))
+
+
+def test_a_recomputation_that_keeps_something_else_is_an_error_not_a_wrong_gradient():
+    model = adapted("sora", checkpointed=False)
+    loss = model(torch.randn(50, 24)).sum()
+    model.base_model.model.up.keeping._output_is_overwritten = False
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        loss.backward()
+
+
+def test_an_optimiser_looks_at_the_layers_that_it_trains(monkeypatch):
+    mine, another = adapted("sora"), adapted("prediag")
+    looked = []
+    monkeypatch.setattr(keeping.Keeping, "saw", lambda self, name, smallest, parameters: looked.append(self))
+    optimiser = torch.optim.SGD([p for p in mine.parameters() if p.requires_grad], lr=0.1)
+    optimiser.step()
+    own = [mine.base_model.model.up.keeping, mine.base_model.model.down.keeping]
+    assert set(looked) == set(own) and len(looked) == 2
+    looked.clear()
+    torch.optim.SGD([nn.Parameter(torch.ones(9))], lr=0.1).step()  # may be flat copies, as DeepSpeed's
+    assert {*own, another.base_model.model.up.keeping} <= set(looked)
+
+
+def test_nothing_is_looked_at_while_a_cuda_graph_is_captured(monkeypatch):
+    model = adapted("sora")
+    monkeypatch.setattr(keeping, "is_capturing", lambda: True)
+    monkeypatch.setattr(keeping, "_smallest", lambda c: pytest.fail("waits for the device"))
+    steps(model, 2)

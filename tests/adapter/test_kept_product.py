@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import sora_hw
 from sora_hw.adapter.layer import ConditionedLinear
 
-METHODS = ("post_ortho", "pre_ortho", "sora")
+METHODS = ("post_ortho", "pre_ortho", "sora", "dora")
 IN, OUT = 24, 20
 
 
@@ -49,7 +49,7 @@ def gradients(made, x):
     return [parameter.grad.clone() for parameter in made.adapter_parameters("default").values()]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["post_ortho", "pre_ortho", "sora"])
 def test_micro_batches_read_the_weight_once(method):
     made, x = trained(method), torch.randn(6, IN, dtype=torch.float64)
     with ReadsOfWeight() as first:
@@ -89,6 +89,14 @@ def of_the_base(made, optimiser):
         made.get_base_layer().weight.mul_(2)
 
 
+def of_the_base_through_data(made, optimiser):
+    made.get_base_layer().weight.data.add_(0.1 * torch.randn(OUT, IN, dtype=torch.float64))
+
+
+def of_the_base_to_half_and_back(made, optimiser):
+    made.get_base_layer().bfloat16().double()
+
+
 def merged_and_back(made, optimiser):
     made.merge()
     made.unmerge()
@@ -101,7 +109,16 @@ def by_a_new_adapter_of_the_name(made, optimiser):
     made.set_adapter(["default"])
 
 
-CHANGES = (through_data, by_optimiser, by_loading, of_the_base, merged_and_back, by_a_new_adapter_of_the_name)
+CHANGES = (
+    through_data,
+    by_optimiser,
+    by_loading,
+    of_the_base,
+    of_the_base_through_data,
+    of_the_base_to_half_and_back,
+    merged_and_back,
+    by_a_new_adapter_of_the_name,
+)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter default was active")
@@ -114,7 +131,7 @@ def test_it_is_never_stale(method, change):
     change(made, optimiser)
 
     fresh = copy.deepcopy(made)
-    fresh.kept_products.clear()
+    fresh._forget_base()
     assert all(torch.equal(a, b) for a, b in zip(gradients(made, x), gradients(fresh, x), strict=True))
     base, conditioning, p = made.get_base_layer(), made.conditioning["default"], made.adapter_parameters("default")
     pair = (conditioning.pre, conditioning.post)
@@ -126,3 +143,25 @@ def test_a_bfloat16_weight_gives_the_same_gradients_kept_or_not():
     made, x = trained("sora", torch.bfloat16), torch.randn(6, IN, dtype=torch.bfloat16)
     once = gradients(made, x)
     assert all(torch.equal(a, b) for a, b in zip(once, gradients(made, x), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_given_for_one_call(method):
+    """Each stands at whatever address was free, with a version that begins anew."""
+    made, x = trained(method), torch.randn(6, IN, dtype=torch.float64)
+    for seed in range(6):
+        weight = torch.randn(OUT, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        y = torch.func.functional_call(made, {"base_layer.weight": weight}, x)
+        fresh = copy.deepcopy(made)
+        fresh._forget_base()
+        assert torch.equal(y, torch.func.functional_call(fresh, {"base_layer.weight": weight}, x))
+
+
+def test_an_adapter_added_while_another_is_merged_starts_as_the_identity():
+    made, x = trained("sora"), torch.randn(6, IN, dtype=torch.float64)
+    made.merge()
+    made.update_layer("later", sora_hw.ConditionedConfig(method="dora", r=4, dropout=0.0))
+    made.unmerge()
+    made.set_adapter(["later"])
+    torch.testing.assert_close(made(x), made.get_base_layer()(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(made.get_delta_weight("later"), torch.zeros(OUT, IN, dtype=torch.float64))

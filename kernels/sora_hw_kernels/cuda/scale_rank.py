@@ -18,8 +18,9 @@ from sora_hw_kernels.triton_kernels.scale_rank import backward_kernel, forward_k
 # Up to this rank one read of the gradient gives every sum. Beyond it the partial sums of `dz`, 4 R / 256 bytes beside
 # the 2 of each element of the gradient, written and read, cost more than the vendor's products, which read it again.
 LARGEST_ONE_READ_RANK = 32
-# Programs of one backward launch: enough to fill any card several times, few enough that the partial sums stay small.
-_BACKWARD_PROGRAMS = 1024
+# Programs of one backward launch, two for each of the 128 or 132 multiprocessors of an RTX 4090 or an H200: every chunk
+# of rows adds partial sums of `db`, so there should be no more of them than keep the card busy.
+_BACKWARD_PROGRAMS = 256
 
 
 def forward_tiles(rank: int, dtype: torch.dtype) -> Tiles:
