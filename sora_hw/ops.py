@@ -30,6 +30,11 @@ Keep = Literal["output", "inputs", "base"]
 _WAYS_TO_KEEP = get_args(Keep)
 
 torch.library.define(
+    "sora_hw::dropout",
+    "(Tensor x, float p) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+torch.library.define(
     "sora_hw::input_gradient",
     "(Tensor grad, Tensor dz, Tensor a, Tensor? mask, float mask_scale) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
@@ -71,7 +76,7 @@ def low_rank_input(x: Tensor, a: Tensor, dropout: float = 0.0) -> tuple[Tensor, 
     Args:
         x: (..., in).
         a: (R, in), any floating dtype.
-        dropout: probability; the mask is the one that `torch.nn.functional.dropout` draws.
+        dropout: probability; on processors and GPUs the mask is the one that `torch.nn.functional.dropout` draws.
 
     Returns:
         `x`, as a view where it has a gradient, and `z`, (..., R), in its dtype.
@@ -117,6 +122,17 @@ def factored_row_norm(weight: Tensor, norm_squared: Tensor, scale: Tensor | None
         (out,), of the dtype of `norm_squared`.
     """
     return torch.ops.sora_hw.factored_row_norm(weight, norm_squared, scale, b, a)
+
+
+@torch.library.impl("sora_hw::dropout", "CompositeExplicitAutograd")
+def _(x, p):
+    # One that packs its mask, as torch_npu's does, has to be replaced by the device's kernel package.
+    return torch.native_dropout(x, p, True)
+
+
+@torch.library.register_fake("sora_hw::dropout")
+def _(x, p):
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
 
 
 @torch.library.register_fake("sora_hw::input_gradient")
@@ -181,7 +197,7 @@ class _LowRankInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, dropout):
         ctx.mask_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
-        dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+        dropped, mask = torch.ops.sora_hw.dropout(x, dropout) if dropout else (x, None)
         ctx.save_for_backward(dropped, a, mask)
         ctx.set_materialize_grads(False)
         return x.view_as(x), _product(dropped, a)

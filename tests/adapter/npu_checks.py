@@ -13,6 +13,7 @@ from torch import nn
 from torch_npu import simulation
 
 import sora_hw
+from sora_hw import ops
 from sora_hw.conditioning import POST, PRE, PRESETS
 from sora_hw.training.base_model import EMBEDDED, find, load_model
 
@@ -74,6 +75,34 @@ def test_every_rotation_equals_the_dense_formula(rotation):
     assert_equal_to_the_dense_formula("diagonal", "rotation", torch.float32, rotation=rotation)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_method_trains_with_dropout(method, dtype):
+    """Every method goes through its backward pass."""
+    model, _ = adapted(*PRESETS[method], dtype, dropout=0.4)
+    layer = model.train().base_model.model[0]
+    x = torch.randn(5, N, IN, device=NPU, dtype=dtype).requires_grad_()
+    y = model(x)
+    y.float().square().sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad.shape == x.shape
+    assert all(torch.isfinite(p.grad).all() for p in layer.adapter_parameters("default").values())
+
+
+@pytest.mark.parametrize("shape", [(17, 24), (3, 5, 24)])
+def test_the_low_rank_input_under_the_mask_that_was_drawn(shape):
+    x, a = torch.randn(shape, device=NPU).requires_grad_(), torch.randn(4, 24, device=NPU).requires_grad_()
+    torch.manual_seed(5)
+    through, z = ops.low_rank_input(x, a, 0.4)
+    torch.manual_seed(5)
+    dropped, mask = torch.ops.sora_hw.dropout(x.detach(), 0.4)
+    assert mask.dtype == torch.bool and mask.shape == x.shape and 0.4 < mask.float().mean() < 0.8
+    assert torch.allclose(dropped, x.detach() * mask / 0.6) and torch.allclose(z, dropped @ a.T, atol=1e-5)
+    dx, dz = torch.randn(shape, device=NPU), torch.randn(*shape[:-1], 4, device=NPU)
+    gx, ga = torch.autograd.grad([through, z], [x, a], [dx, dz])
+    assert torch.allclose(gx, dx + mask / 0.6 * (dz @ a), atol=1e-5)
+    assert torch.allclose(ga, dz.flatten(0, -2).T @ dropped.flatten(0, -2), atol=1e-5)
+
+
 def test_a_wrong_gradient_is_noticed():
     """The check itself, held against a kernel whose gradient is off by one part in a thousand."""
     library = torch.library.Library("sora_hw", "IMPL")
@@ -120,11 +149,15 @@ def test_opcheck(dtype):
     base, z, b = (torch.randn(shape, device=NPU, dtype=dtype) for shape in ((7, 12), (7, 3), (12, 3)))
     c, bias = torch.rand(12, device=NPU) + 0.5, torch.randn(12, device=NPU)
     torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (base, c, z, b, bias))
+    columns = torch.randn(12, 7, device=NPU, dtype=dtype).t()  # another order in memory changes nothing
+    torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (columns, c, z, b, bias))
+    torch.library.opcheck(torch.ops.sora_hw.scale_rank_update, (columns, None, z, b, None))
     torch.library.opcheck(
         torch.ops.sora_hw.scale_rank_update_backward, (base, base, c, z, b.float(), bias, False, True)
     )
     mask = torch.rand(7, 12, device=NPU) > 0.5
-    torch.library.opcheck(torch.ops.sora_hw.input_gradient, (base, z, b.t().contiguous(), mask, 2.0))
+    for grad, kept in itertools.product((base, columns), (mask, None)):
+        torch.library.opcheck(torch.ops.sora_hw.input_gradient, (grad, z, b.t().contiguous(), kept, 2.0))
     norm_squared = torch.rand(12, device=NPU) + 1
     args = (torch.randn(12, 9, device=NPU, dtype=dtype), norm_squared, c, b.float(), torch.randn(3, 9, device=NPU))
     torch.library.opcheck(torch.ops.sora_hw.factored_row_norm, args)

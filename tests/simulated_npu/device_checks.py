@@ -359,3 +359,15 @@ def test_the_set_up_is_that_of_a_machine_with_cann():
     torch.npu.set_compile_mode(jit_compile=False)
     torch.npu.config.allow_internal_format = False
     torch.npu.matmul.allow_hf32 = False
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 128), (7, 40, 3)])
+def test_dropout_packs_its_mask_as_torch_npu_does(shape):
+    x = torch.ones(shape, device="npu").requires_grad_()
+    dropped, mask = torch.native_dropout(x, 0.25, True)
+    assert mask.dtype == torch.uint8 and mask.shape == (-(-x.numel() // 128) * 16,)
+    assert set(dropped.unique().tolist()) <= {0.0, float(torch.tensor(1 / 0.75))}
+    (gradient,) = torch.autograd.grad(functional.dropout(x, 0.25).sum(), x)
+    assert gradient.unique().numel() <= 2 and gradient.any()
+    dropped = functional.dropout(x, 0.25)
+    assert torch.equal(torch.autograd.grad(dropped.sum(), x)[0], dropped.detach())

@@ -6,7 +6,7 @@ triton: both are looked for when a tensor on an NPU calls.
 
 import torch
 
-from sora_hw_kernels.npu import verifier
+from sora_hw_kernels.npu import composition, verifier
 from sora_hw_kernels.npu.launch import describe
 
 __all__ = ["describe"]
@@ -14,4 +14,5 @@ __all__ = ["describe"]
 torch.library.impl("sora_hw::scale_rank_update", "privateuseone", verifier.forward)
 torch.library.impl("sora_hw::scale_rank_update_backward", "privateuseone", verifier.backward)
 torch.library.impl("sora_hw::input_gradient", "privateuseone", verifier.input_gradient)
+torch.library.impl("sora_hw::dropout", "privateuseone", composition.dropout)
 torch.library.impl("sora_hw::factored_row_norm", "privateuseone", verifier.factored_row_norm)

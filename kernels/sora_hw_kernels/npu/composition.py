@@ -16,6 +16,7 @@ from sora_hw.ops import empty_gradients
 def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """(N, out); see `sora_hw.ops.scale_rank_update`."""
     dtype = torch.promote_types(base.dtype, torch.float32)
+    base = base.contiguous()
     y = base.to(dtype, copy=True) if scale is None else torch.mul(base, scale.to(dtype))
     y.addmm_(z.to(dtype), b.to(dtype).t())
     if bias is not None:
@@ -50,8 +51,18 @@ def backward(
     return gradients
 
 
+def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """`x` with each element zero with probability `p`, else divided by `1 - p`; and which were kept, bool (..., in).
+
+    The vendor's `native_dropout` packs that mask into bits, in which no other operator reads it.
+    """
+    kept = torch.rand(x.shape, device=x.device) >= p
+    return torch.mul(x, kept).mul_(1.0 / (1.0 - p) if p < 1.0 else 0.0), kept
+
+
 def input_gradient(grad: Tensor, dz: Tensor, a: Tensor, mask: Tensor | None, mask_scale: float) -> Tensor:
     """(N, in); see `sora_hw_kernels.reference.scale_rank.input_gradient`."""
+    grad = grad.contiguous()
     if mask is not None:
         return torch.add(grad, torch.mm(dz, a).mul_(mask), alpha=mask_scale)
     if grad.dtype in (torch.bfloat16, torch.float16) and has_fused_matmul():

@@ -1,4 +1,5 @@
-"""`torch.ops.npu`: operators of torch_npu that kernels for the NPU call, computed on the host.
+"""`torch.ops.npu`: operators of torch_npu that kernels for the NPU call, computed on the host; and the operators of
+torch whose results differ there.
 
 To add one, write its schema as it stands in torch_npu's csrc/aten/*.yaml and its formula over CPU tensors, which is
 what the formula gets. Sums are in float32, as on the NPU, and rounded once at the end.
@@ -52,6 +53,26 @@ def fusion_attention(*args, **kwargs):
     raise NotImplementedError("simulated npu_fusion_attention: has no formula here; use attn_implementation='sdpa'")
 
 
+def native_dropout(x, p, train):
+    """torch's operator as torch_npu has it: the mask in bits, eight to a byte, in blocks of 128."""
+    kept = torch.rand(x.shape, device=x.device) >= (p if train else 0.0)
+    bits = torch.zeros(-(-kept.numel() // 128) * 16, 8, dtype=torch.uint8, device=x.device)
+    bits.view(-1)[: kept.numel()] = kept.flatten()
+    return x * kept * _dropout_scale(p), (bits << torch.arange(8, device=x.device)).sum(1).to(torch.uint8)
+
+
+def native_dropout_backward(gradient, mask, scale):
+    """Of the mask in bits."""
+    bits = (mask[:, None] >> torch.arange(8, device=mask.device)) & 1
+    return gradient * bits.flatten()[: gradient.numel()].view(gradient.shape) * scale
+
+
+def _dropout_scale(p):
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+OF_TORCH = {"native_dropout": native_dropout, "native_dropout_backward": native_dropout_backward}
+
 OPERATORS = {
     "npu_fused_matmul(Tensor x1, Tensor x2, *, Tensor? bias=None, Tensor? x3=None, str fused_op_type='') -> Tensor": (
         fused_matmul
@@ -82,3 +103,7 @@ for _schema, _formula in OPERATORS.items():
     _library.impl(_name, _on_host(_formula), "PrivateUse1")
     globals()[_name] = getattr(torch.ops.npu, _name)
     __all__.append(_name)
+
+_of_torch = torch.library.Library("aten", "IMPL")
+for _name, _formula in OF_TORCH.items():
+    _of_torch.impl(_name, _formula, "PrivateUse1")  # on the device, whose random state is another than the host's
