@@ -26,5 +26,6 @@ named = backend(sys.argv[1:])
 if named in ("cpu", "cuda", "npu"):
     os.environ["DS_ACCELERATOR"] = named
 if named in ("cpu", "cuda"):
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    sys.modules["torch_npu"] = None  # transformers would import it, sound or not
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -4,11 +4,9 @@ Importing the package registers the method with PEFT, so that `get_peft_model` a
 and loads the kernel packages that are installed.
 """
 
-import os
+from sora_hw.devices import load_or_hide
 
-from sora_hw.devices import hide_if_broken
-
-hide_if_broken(os.environ)  # before the first of the imports below that imports torch
+load_or_hide()  # before the first of the imports below that imports torch
 
 from sora_hw.adapter import ConditionedConfig, ConditionedLinear, ConditionedModel, register  # noqa: E402
 from sora_hw.ops import load_kernel_packages  # noqa: E402

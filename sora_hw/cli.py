@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from sora_hw import __version__
-from sora_hw.doctor import examine
+from sora_hw.doctor import examine, ready
 from sora_hw.errors import UserError
 
 
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def doctor(arguments: argparse.Namespace, console: Console) -> int:
-    """Print the facts of this machine; 0 where training on the CPU can start, 1 where something is broken."""
+    """Print the facts of this machine; 0 where training can start, 1 where something is broken."""
     problems = []
     for section in examine():
         if section.table.row_count == 0:
@@ -52,7 +52,7 @@ def doctor(arguments: argparse.Namespace, console: Console) -> int:
     for problem in problems:
         console.print(f"broken: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
     if not problems:
-        console.print("Ready: training on the CPU can start.", style="green")
+        console.print(f"Ready: training can start on {' or '.join(ready())}.", style="green")
     return 1 if problems else 0
 
 

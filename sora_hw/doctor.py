@@ -52,6 +52,11 @@ def examine() -> Iterator[Section]:
     yield _machine()
 
 
+def ready() -> list[str]:
+    """The values of --backend with which training can start."""
+    return [device.type for device in DEVICES.values() if not (device.is_usable() or missing_kernels(device))]
+
+
 def _versions() -> Section:
     section = Section(_table("Versions", "", "installed", "supported", "tested", ""))
     for verdict in verdicts():

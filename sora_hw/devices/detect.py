@@ -14,7 +14,7 @@ from sora_hw.errors import UserError
 
 # In the order of preference of `auto`.
 DEVICES = MappingProxyType({device.type: device for device in (NPU, CUDA, CPU)})
-BACKENDS = ("auto", "cpu", "cuda", "npu")
+BACKENDS = ("auto", *sorted(DEVICES))
 FALLBACK_VARIABLE = "SORA_HW_FALLBACK"
 
 logger = logging.getLogger(__name__)

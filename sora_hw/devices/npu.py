@@ -1,8 +1,8 @@
 """Ascend NPUs, through torch_npu.
 
-Importing torch_npu where CANN is missing fails, and cannot be recovered from in the same process; and torch imports it
-while it is imported itself, as does transformers. So whatever can be found out without it is found out first, by the
-standard library alone.
+Importing torch_npu where CANN is missing or incomplete fails, and both torch and transformers import it while they are
+imported themselves. So `load_or_hide` comes before either: it looks at what the import needs, by the standard library
+alone, then tries it, and where it fails nobody else gets to try.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -23,7 +24,11 @@ from sora_hw.devices.device import Check, Device
 DEVICE_NODES = Path("/dev")
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 CANN_LIBRARIES = ("libascendcl.so", "libhccl.so")
+MODULE = "torch_npu"
+VISIBLE_DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
 SEPARATE = "torch refuses two accelerators in one environment"
+
+_import_errors: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,36 @@ class NpuDevice(Device):
         return {"jit_compile": False, "allow_internal_format": False, "matmul.allow_hf32": False}
 
 
-def hide_if_broken(environ: MutableMapping[str, str]) -> None:
-    """Where importing torch_npu is known to fail, hide it, so that torch and transformers import without it.
+def load_or_hide() -> None:
+    """Import torch_npu where it is installed and sound; otherwise hide it, so that torch and transformers do without.
 
-    To be called before torch is imported. What is missing is told by `NPU.is_usable`, where the device is asked for.
+    To be called before torch is imported, which it does itself. What is missing is told by `NPU.is_usable`, where the
+    device is asked for.
     """
-    if not _loaded() and _installed() and any(check.problem for check in _import_checks()):
-        environ[AUTOLOAD] = "0"
-        sys.modules["torch_npu"] = None  # Python's own mark for a module that shall not be found
+    if MODULE in sys.modules or not _installed():  # loaded, or hidden by whoever does not want it
+        return
+    if not any(check.problem for check in _import_checks()):
+        with _without_autoload():
+            import torch  # noqa: F401
+        try:
+            import torch_npu  # noqa: F401
+        except Exception as error:  # whatever the vendor's start-up raises
+            _import_errors.append(" ".join(str(error).split()) or type(error).__name__)
+    if not _loaded():
+        sys.modules[MODULE] = None  # Python's own mark for a module that shall not be found
+        os.environ[AUTOLOAD] = "0"
+
+
+@contextmanager
+def _without_autoload() -> Iterator[None]:
+    before = os.environ.get(AUTOLOAD)
+    os.environ[AUTOLOAD] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[AUTOLOAD]
+        if before is not None:
+            os.environ[AUTOLOAD] = before
 
 
 def _import_checks() -> Iterator[Check]:
@@ -105,7 +132,8 @@ def _import_checks() -> Iterator[Check]:
     problem = f"torch_npu {npu_version} does not fit torch {torch_version}: pip install 'torch-npu=={{}}.*'"
     yield Check("torch_npu", npu_version or "installed", None if fits else problem.format(wanted[0]))
 
-    if _loaded():  # and so its libraries
+    if _loaded():
+        yield Check("CANN", "loaded by torch_npu")
         return
     missing = next((name for name in CANN_LIBRARIES if not _loads(name)), None)
     problem = (
@@ -113,29 +141,35 @@ def _import_checks() -> Iterator[Check]:
         f"needs {AUTOLOAD}=0 until then"
     )
     yield Check("CANN", f"{missing} does not load" if missing else "its libraries load", problem if missing else None)
+    if _import_errors:
+        yield _failed_import()
 
 
 def _home() -> Check:
     home = os.environ.get("ASCEND_HOME_PATH")
-    problem = "ASCEND_HOME_PATH is not set, and DeepSpeed looks CANN up there: source CANN's set_env.sh"
-    return Check("ASCEND_HOME_PATH", home or "not set", None if home else problem)
+    if home and Path(home).is_dir():
+        return Check("ASCEND_HOME_PATH", home)
+    state = f"{home} is no folder" if home else "is not set"
+    problem = f"ASCEND_HOME_PATH {state}, and DeepSpeed looks CANN up there: source CANN's set_env.sh"
+    return Check("ASCEND_HOME_PATH", home or "not set", problem)
 
 
 def _visible() -> Check:
     """CANN takes a list of device numbers that ascends, and shows no device at all for any other."""
-    variable = "ASCEND_RT_VISIBLE_DEVICES"
+    variable = VISIBLE_DEVICES
     text = os.environ.get(variable)
     if text is None:
         return Check(variable, "not set: all devices")
-    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
-    if len(numbers) == len(text.split(",")) and numbers == sorted(set(numbers)):
+    parts = text.split(",")
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    if len(numbers) == len(parts) and numbers == sorted(set(numbers)):
         return Check(variable, text)
-    proposal = ",".join(map(str, sorted(set(numbers)))) or "0"
+    proposal = ",".join(map(str, sorted(set(numbers)))) if numbers else "a list as 0,1,2,3"
     return Check(
         variable,
         text or "empty",
-        f"{variable}={text} hides every NPU, because it is not a strictly ascending list of numbers: set it to "
-        f"{proposal}, or unset it",
+        f"{variable}={text} hides every NPU, because it is not a strictly ascending list of numbers without blanks: "
+        f"set it to {proposal}, or unset it",
     )
 
 
@@ -148,26 +182,32 @@ def _nodes() -> Check:
     return Check("devices", f"{_node_count()} of /dev/davinci*", None if _node_count() else problem)
 
 
+def _failed_import() -> Check:
+    reason = _import_errors[-1] if _import_errors else "it is hidden from this process"
+    problem = f"torch_npu does not import ({reason}): install the CANN that its version asks for, or reinstall it"
+    return Check("import", "fails", problem)
+
+
 def _import() -> Check:
-    try:
-        import torch_npu  # noqa: F401
-    except Exception as error:  # whatever the vendor's start-up raises is one more reason why it is not usable
-        reason = " ".join(str(error).split())
-        problem = f"torch_npu does not import ({reason}): reinstall torch-npu and the CANN that its version asks for"
-        return Check("NPUs", "torch_npu does not import", problem)
+    load_or_hide()
+    if not _loaded():
+        return _failed_import()
     import torch
 
     if torch.npu.is_available():
         return Check("NPUs", f"{torch.npu.device_count()}, one rank each")
-    return Check("NPUs", "none", "torch_npu sees no NPU: run npu-smi info, and look for another process that holds it")
+    visible = os.environ.get(VISIBLE_DEVICES)
+    shown = f"{VISIBLE_DEVICES}={visible} names none that exists: compare" if visible else "look at"
+    problem = f"torch_npu sees no NPU; {shown} npu-smi info, and whether another process holds it"
+    return Check("NPUs", "none", problem)
 
 
 def _loaded() -> bool:
-    return sys.modules.get("torch_npu") is not None
+    return sys.modules.get(MODULE) is not None
 
 
 def _installed() -> bool:
-    return _loaded() or PathFinder.find_spec("torch_npu") is not None  # sees it where it is hidden, too
+    return _loaded() or PathFinder.find_spec(MODULE) is not None  # sees it where it is hidden, too
 
 
 def _version(distribution: str) -> str | None:

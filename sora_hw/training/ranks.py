@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from sora_hw.devices.cpu import CPU
-from sora_hw.devices.device import apply_environment
+from sora_hw.devices.device import Device, apply_environment
 from sora_hw.errors import UserError
 from sora_hw.training.environment import whole_number
 from sora_hw.training.plan import Plan
@@ -35,9 +35,19 @@ def start(plan: Plan) -> Settings:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if plan.device.type != CPU.type:  # otherwise every rank's first collective would run on device 0
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(_own_device(plan.device))
     deepspeed.init_distributed(plan.device.communication_backend, verbose=False)
     return Settings(changed, plan.device.configure())
+
+
+def _own_device(device: Device) -> int:
+    number, there = whole_number("LOCAL_RANK", least=0), device.count()
+    if number >= there:
+        raise UserError(
+            f"this machine has started a rank number {number + 1} but has {there} x {device.display_name}: start as "
+            f"many ranks as there are devices (--num_accelerators {there})"
+        )
+    return number
 
 
 def _set_environment(plan: Plan) -> dict[str, str]:

@@ -4,6 +4,7 @@ import builtins
 import ctypes
 import importlib.util
 import logging
+import os
 import sys
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -62,10 +63,13 @@ def npu_machine(monkeypatch, loadable, tmp_path):
     def importing(name, *arguments, **options):
         if name != "torch_npu":
             return import_module(name, *arguments, **options)
+        if sys.modules.get("torch_npu", machine) is None:
+            raise ModuleNotFoundError("import of torch_npu halted; None in sys.modules")
         machine.imported = True
         if machine.import_error:
             raise machine.import_error
-        return SimpleNamespace()
+        sys.modules["torch_npu"] = SimpleNamespace()
+        return sys.modules["torch_npu"]
 
     monkeypatch.setattr(PathFinder, "find_spec", find)
     monkeypatch.setattr(metadata, "version", lambda name: machine.version if name == "torch_npu" else version_of(name))
@@ -73,7 +77,10 @@ def npu_machine(monkeypatch, loadable, tmp_path):
     monkeypatch.setattr(npu, "DEVICE_NODES", tmp_path)
     seen = SimpleNamespace(is_available=lambda: machine.count > 0, device_count=lambda: machine.count)
     monkeypatch.setattr(torch, "npu", seen, raising=False)
-    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # to be put back as it was
+    del sys.modules["torch_npu"]
+    monkeypatch.setattr(npu, "_import_errors", [])
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
     monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
     machine.libraries, machine.nodes = loadable, tmp_path
@@ -142,25 +149,28 @@ class TestNpu:
         assert "set_env.sh" in reason and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in reason
         assert not npu_machine.imported
 
-    @pytest.mark.parametrize("home", [None, ""])
-    def test_cann_s_environment_missing(self, npu_machine, monkeypatch, home):
+    @pytest.mark.parametrize(
+        ("home", "state"), [(None, "is not set"), ("", "is not set"), ("/no/such", "/no/such is no folder")]
+    )
+    def test_cann_s_environment_missing(self, npu_machine, monkeypatch, home, state):
         monkeypatch.delenv("ASCEND_HOME_PATH")
         if home is not None:
             monkeypatch.setenv("ASCEND_HOME_PATH", home)
-        assert NPU.is_usable().startswith("ASCEND_HOME_PATH is not set") and "set_env.sh" in NPU.is_usable()
+        assert NPU.is_usable().startswith(f"ASCEND_HOME_PATH {state}") and "set_env.sh" in NPU.is_usable()
         assert not npu_machine.imported
 
     @pytest.mark.parametrize(
-        ("devices", "proposal"), [("1,0", "0,1"), ("0,0,2", "0,2"), ("", "0"), ("a,3", "3"), ("3,", "3"), ("-1", "0")]
+        ("devices", "proposal"),
+        [("1,0", "0,1"), ("0,0,2", "0,2"), ("a,3", "3"), ("3,", "3"), ("0 ,1", "1"), ("", ""), ("-1", ""), ("0-3", "")],
     )
     def test_device_numbers_that_do_not_ascend(self, npu_machine, monkeypatch, devices, proposal):
         monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", devices)
         reason = NPU.is_usable()
-        assert reason.startswith(f"ASCEND_RT_VISIBLE_DEVICES={devices} hides every NPU")
-        assert f"set it to {proposal}, or unset it" in reason
+        assert "\n" not in reason and reason.startswith(f"ASCEND_RT_VISIBLE_DEVICES={devices} hides every NPU")
+        assert f"set it to {proposal or 'a list as 0,1,2,3'}, or unset it" in reason
         assert not npu_machine.imported
 
-    @pytest.mark.parametrize("devices", ["0", "0,1", "4, 5,12"])
+    @pytest.mark.parametrize("devices", ["0", "0,1", "4,5,12"])
     def test_device_numbers_that_ascend(self, npu_machine, monkeypatch, devices):
         monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", devices)
         assert NPU.is_usable() is None
@@ -179,7 +189,12 @@ class TestNpu:
 
     def test_no_npu_visible(self, npu_machine):
         npu_machine.count = 0
-        assert NPU.is_usable().startswith("torch_npu sees no NPU: run npu-smi info")
+        assert NPU.is_usable().startswith("torch_npu sees no NPU; look at npu-smi info")
+
+    def test_a_number_that_no_npu_has(self, npu_machine, monkeypatch):
+        npu_machine.count = 0
+        monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "99")
+        assert "ASCEND_RT_VISIBLE_DEVICES=99 names none that exists" in NPU.is_usable()
 
     def test_a_loaded_torch_npu_needs_no_libraries_and_nodes(self, npu_machine, monkeypatch):
         """torch loads it while it is imported itself: the steps that guard the import are then behind us."""
@@ -198,28 +213,37 @@ class TestNpu:
         assert NPU.is_expected()
 
 
-class TestHiding:
+class TestLoadingOrHiding:
     """A torch_npu that would break the import of torch and of transformers is hidden from both."""
 
-    def test_a_sound_one_stays(self, npu_machine):
-        environ = {}
-        npu.hide_if_broken(environ)
-        assert environ == {} and "torch_npu" not in sys.modules
+    def test_a_sound_one_is_loaded(self, npu_machine):
+        npu.load_or_hide()
+        assert npu_machine.imported and sys.modules["torch_npu"] is not None
+        assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "1", "as the user has set it, for processes started later"
 
-    def test_a_broken_one_is_hidden_and_its_fault_still_told(self, npu_machine, monkeypatch):
-        monkeypatch.setitem(sys.modules, "torch_npu", None)  # to be put back as it was
+    def test_one_without_cann_is_hidden_and_its_fault_still_told(self, npu_machine):
         npu_machine.libraries.clear()
-        environ = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
-        npu.hide_if_broken(environ)
-        assert environ == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} and sys.modules["torch_npu"] is None
+        npu.load_or_hide()
+        assert not npu_machine.imported
+        assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0" and sys.modules["torch_npu"] is None
         assert importlib.util.find_spec("torch_npu") is None
         assert NPU.is_usable().startswith("CANN is missing") and NPU.is_expected()
 
+    def test_one_that_fails_in_its_import_is_hidden_and_its_fault_still_told(self, npu_machine):
+        npu_machine.import_error = ImportError("libgraph.so:\n not found")
+        npu.load_or_hide()
+        assert npu_machine.imported and sys.modules["torch_npu"] is None
+        assert NPU.is_usable().startswith("torch_npu does not import (libgraph.so: not found): install the CANN")
+
+    def test_one_that_the_launcher_hides_stays_hidden(self, npu_machine):
+        sys.modules["torch_npu"] = None
+        npu.load_or_hide()
+        assert not npu_machine.imported and sys.modules["torch_npu"] is None
+
     def test_none_is_no_fault(self, npu_machine):
         npu_machine.version = None
-        environ = {}
-        npu.hide_if_broken(environ)
-        assert environ == {} and "torch_npu" not in sys.modules
+        npu.load_or_hide()
+        assert "torch_npu" not in sys.modules
 
 
 def _usable(monkeypatch, *devices):

@@ -1,16 +1,20 @@
 """What the launchers decide before torch is imported: which device extensions it loads, and DeepSpeed's accelerator."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sora_hw.devices import DEVICES
+
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 SHOW = """
 import os, sys, before_torch
 print(os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD"), os.environ.get("DS_ACCELERATOR"), "torch" in sys.modules)
+print("torch_npu" in sys.modules)
 """
 
 
@@ -31,4 +35,10 @@ def test_the_environment_follows_the_backend(arguments, autoload, accelerator):
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     command = [sys.executable, "-S", "-c", SHOW, *arguments]
     done = subprocess.run(command, cwd=LAUNCHERS, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [autoload, accelerator, "False"]
+    assert done.stdout.split() == [autoload, accelerator, "False", str(autoload == "0")]
+
+
+def test_it_knows_every_device():
+    """It names the devices itself: it comes before the first import of the library."""
+    source = (LAUNCHERS / "before_torch.py").read_text()
+    assert set(re.findall(r'"(\w+)"', source.split("named = ")[1].splitlines()[1])) == set(DEVICES)

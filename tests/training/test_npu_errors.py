@@ -98,9 +98,17 @@ class TestErrors:
         assert error.startswith("ASCEND_RT_VISIBLE_DEVICES=3,1 hides every NPU") and "set it to 1,3" in error
 
     def test_no_device(self, torch_npu, cann):
-        assert error_of(launched("--backend", "npu", **torch_npu, **cann)).startswith(
-            "torch_npu sees no NPU: run npu-smi"
-        )
+        error = error_of(launched("--backend", "npu", **torch_npu, **cann))
+        assert error.startswith("torch_npu sees no NPU; look at npu-smi info")
+
+    def test_a_cann_that_lacks_something(self, torch_npu, cann):
+        """Known only from the import itself."""
+        package = Path(torch_npu["PYTHONPATH"], "torch_npu", "__init__.py")
+        package.write_text('raise ImportError("libgraph.so: cannot open shared object file")')
+        error = error_of(launched("--backend", "npu", **torch_npu, **cann))
+        assert error.startswith("torch_npu does not import (libgraph.so: cannot open shared object file): install the")
+        done = launched("--backend", "cpu", **torch_npu, **cann)
+        assert done.returncode == 0 and done.stderr == ""
 
 
 def test_without_cann_torch_itself_does_not_import(torch_npu):

@@ -90,6 +90,7 @@ reset_max_memory_allocated = reset_max_memory_cached = reset_peak_memory_stats
 # Settings that change only how a real NPU computes.
 config = SimpleNamespace(allow_internal_format=True)
 matmul = SimpleNamespace(allow_hf32=False)
+compile_mode = SimpleNamespace(jit_compile=True)
 
 amp = SimpleNamespace(
     GradScaler=partial(torch.amp.GradScaler, "npu"),
@@ -163,7 +164,8 @@ def get_amp_supported_dtype():
 
 
 def set_compile_mode(jit_compile=False):
-    """Operators are never compiled here."""
+    """Operators are never compiled here; `compile_mode` tells what was asked for."""
+    compile_mode.jit_compile = jit_compile
 
 
 def init():
