@@ -68,24 +68,40 @@ def main() -> None:
         columns = [{**case, "rows": rows, **measure(case, rows, arguments)} for rows in arguments.rows]
         show(columns, console)
         results += columns
-    if arguments.json:
-        machine = {"hardware": hardware(arguments.device), "torch": torch.__version__, "peft": peft.__version__}
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+        if arguments.json:  # after every case: a long run may be broken off
+            machine = {"hardware": hardware(arguments.device), "torch": torch.__version__, "peft": peft.__version__}
+            arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
     if arguments.chart:
-        draw({f"{r['shape']}, N {r['rows']}": r["ratios"] for r in results}, "time, frozen linear = 1", arguments.chart)
+        draw(
+            {f"{r['shape']}, N {r['rows']}": r["ratios"] for r in results if r["ratios"]},
+            "time, frozen linear = 1",
+            arguments.chart,
+        )
 
 
 def measure(case: dict, rows: int, arguments: argparse.Namespace) -> dict:
-    """Ratios of one case, and the frozen layer's milliseconds."""
+    """Ratios of one case, and the frozen layer's milliseconds; none of either where memory does not suffice."""
+    try:
+        return ratios(case, rows, arguments)
+    except torch.OutOfMemoryError:
+        return {"ratios": {}, "frozen_milliseconds": None}
+
+
+def ratios(case: dict, rows: int, arguments: argparse.Namespace) -> dict:
+    torch.compiler.reset()  # the graphs of one case would count against the next one's
     shapes = [SHAPES[index] for index in BLOCK] if case["shape"] == "block" else [case["shape"]]
     parts = [steps_of(shape, case, rows, arguments) for shape in shapes]
 
     def in_turn(name: str) -> Step:
-        return lambda: [part[name]() for part in parts]
+        def step() -> Callable[[], object]:
+            timed = [part[name]() for part in parts]
+            return lambda: [run() for run in timed]
+
+        return step
 
     steps = {name: in_turn(name) for name in parts[0]}
-    ratios, frozen = medians(steps, arguments.repeats, torch.device(arguments.device))
-    return {"ratios": ratios, "frozen_milliseconds": frozen}
+    found, frozen = medians(steps, arguments.repeats, torch.device(arguments.device))
+    return {"ratios": found, "frozen_milliseconds": frozen}
 
 
 def steps_of(shape: str, case: dict, rows: int, arguments: argparse.Namespace) -> dict[str, Step]:
@@ -110,28 +126,35 @@ Buffers = list[tuple[Tensor, Tensor]]
 def both(module: nn.Module, buffers: Buffers) -> Step:
     turns = itertools.cycle(buffers)
 
-    def step() -> None:
+    def step() -> Callable[[], None]:
         x, dy = next(turns)
         x.grad = None
         module.zero_grad(set_to_none=True)
-        module(x).backward(dy)
+        return lambda: module(x).backward(dy)
 
     return step
 
 
 def forward(module: nn.Module, buffers: Buffers) -> Step:
     turns = itertools.cycle(buffers)
-    return lambda: module(next(turns)[0])
+
+    def step() -> Callable[[], Tensor]:
+        x, _ = next(turns)
+        return lambda: module(x)
+
+    return step
 
 
 def backward(module: nn.Module, buffers: Buffers) -> Step:
-    """The backward pass alone, over graphs that are built once."""
-    turns = itertools.cycle([(x, dy, module(x)) for x, dy in buffers])
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """The backward pass alone; each is of a forward pass of its own, which is not timed."""
+    turns = itertools.cycle(buffers)
 
-    def step() -> None:
-        x, dy, y = next(turns)
-        torch.autograd.grad(y, [x, *trained], dy, retain_graph=True)
+    def step() -> Callable[[], None]:
+        x, dy = next(turns)
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        y = module(x)
+        return lambda: y.backward(dy)
 
     return step
 
@@ -140,11 +163,16 @@ def inference(module: nn.Module, buffers: Buffers) -> Step:
     turns = itertools.cycle(buffers)
     module.eval()
 
-    def step() -> None:
-        with torch.no_grad():
-            module(next(turns)[0])
+    def step() -> Callable[[], Tensor]:
+        x, _ = next(turns)
+        return lambda: without_gradients(module, x)
 
     return step
+
+
+def without_gradients(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(x)
 
 
 STEPS: dict[str, Callable[[nn.Module, Buffers], Step]] = {
@@ -164,10 +192,14 @@ def show(columns: list[dict], console: Console) -> None:
     table.add_column("peer")
     for column in columns:
         table.add_column(f"N {column['rows']}", justify="right")
-    for name in case["ratios"]:
-        table.add_row(name, *(f"{column['ratios'][name]:.3f}" for column in columns))
-    table.add_row("frozen, milliseconds", *(f"{column['frozen_milliseconds']:.3f}" for column in columns))
+    for name in dict.fromkeys(name for column in columns for name in column["ratios"]):
+        table.add_row(name, *(shown(column["ratios"].get(name)) for column in columns))
+    table.add_row("frozen, milliseconds", *(shown(column["frozen_milliseconds"]) for column in columns))
     console.print(table)
+
+
+def shown(value: float | None) -> str:
+    return "out of memory" if value is None else f"{value:.3f}"
 
 
 def hardware(device: str) -> str:

@@ -108,8 +108,12 @@ def adapted_linears(
         modules["PEFT DoRA, half adapter"] = lambda: by_peft(lora(use_dora=True), autocast_adapter_dtype=False)
     modules |= {f"sora_hw {method}": lambda method=method: ours(method) for method in METHODS}
     if compiled:
+        # All share the code of PEFT's model; beyond the limit dynamo would run them uncompiled and say nothing.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         modules |= {
-            f"sora_hw {method}, compiled": lambda method=method: torch.compile(ours(method)) for method in METHODS
+            f"sora_hw {method}, compiled": lambda method=method: torch.compile(ours(method), fullgraph=True)
+            for method in METHODS
         }
     made = {name: make() for name, make in modules.items()}
     for module in made.values():

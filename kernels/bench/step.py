@@ -104,12 +104,11 @@ def measure(adapt: Callable[[nn.Module], nn.Module], micro_batch: int, arguments
     memory = torch.get_device_module(device) if device.type != "cpu" else None
     try:
         step = train_step(adapt, micro_batch, arguments)
-        for _ in range(3):  # to warm up, and what a first step needs once
-            step()
         if memory:
-            memory.synchronize()
-            memory.reset_peak_memory_stats()
-        spent = statistics.median(milliseconds(step, device) for _ in range(arguments.repeats))
+            memory.reset_peak_memory_stats()  # the peak counts the first step, which decides whether a run starts
+        for _ in range(3):  # to warm up
+            step()
+        spent = statistics.median(milliseconds(lambda: step, device) for _ in range(arguments.repeats))
         peak = memory.max_memory_allocated() if memory else None
         return {"tokens_per_second": micro_batch * LENGTH / spent * 1e3, "peak_bytes": peak}
     except torch.OutOfMemoryError:
