@@ -9,6 +9,8 @@ import dataclasses
 import itertools
 import math
 import re
+import signal
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +29,8 @@ from triton.runtime import driver
 # A 910B and a 910C. This far down the compiler does not tell the models of either apart.
 ARCHITECTURES = ("Ascend910B3", "Ascend910_9392")
 AI_CORES = 24
+# How often one and the same input may crash the compiler.
+CRASHES = 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The buffers of the matrix unit: the two operands of one product, and its result in float32.
 OPERAND_BYTES, RESULT_BYTES = 64 * 1024, 128 * 1024
@@ -94,6 +98,18 @@ def lowering(request, monkeypatch, tmp_path):
         init(self, target)
         self.binary_ext = "ttadapter"
 
+    def run_again_after_a_crash(*args, run=subprocess.run, **options):
+        # The compiler's front end crashes on one input in a few hundred, and not on the same one again: it depends on
+        # the addresses that the process was given. A verdict of its own is no crash and stands at once.
+        for _ in range(CRASHES):
+            try:
+                return run(*args, **options)
+            except subprocess.CalledProcessError as error:
+                if -error.returncode not in (signal.SIGSEGV, signal.SIGABRT):
+                    raise
+        return run(*args, **options)
+
+    monkeypatch.setattr(subprocess, "run", run_again_after_a_crash)
     monkeypatch.setattr(backend, "add_stages", stages_up_to_linalg)
     monkeypatch.setattr(backend, "__init__", init)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
