@@ -172,12 +172,12 @@ def empty_gradients(
     )
 
 
-# The gradients are written as `torch.autograd.Function`, not registered with the operators: a layer costs a handful of
-# these calls, and a registered one takes 30 us longer, as much as a whole low-rank layer elsewhere.
 def _product(x: Tensor, a: Tensor) -> Tensor:
     return (a @ x.reshape(-1, x.shape[-1]).t()).t().unflatten(0, x.shape[:-1])
 
 
+# The gradients are written as `torch.autograd.Function`, not registered with the operators: a layer costs a handful of
+# these calls, and a registered one takes 30 us longer, as much as a whole low-rank layer elsewhere.
 class _SkinnyProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a):

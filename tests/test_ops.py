@@ -127,6 +127,14 @@ def test_opcheck(dtype, scale, bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_of_the_dropout(dtype):
+    """But for values, which are drawn anew in every call."""
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for x in (torch.randn(7, 16, dtype=dtype), torch.randn(16, 7, dtype=dtype).t()):
+        torch.library.opcheck(torch.ops.sora_hw.dropout, (x, 0.3), test_utils=utilities)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_opcheck_of_the_input_gradient_and_the_norm(dtype):
     a = torch.randn(3, 16, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)

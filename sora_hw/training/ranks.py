@@ -82,8 +82,7 @@ def silence() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings(
-        "ignore", message=r"barrier\(\): using the device under current context"
-    )  # it is the right one
+    # It is the right device: `start` has made it so.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     for name in ("accelerate", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -56,7 +56,7 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
     The vendor's `native_dropout` packs that mask into bits, in which no other operator reads it.
     """
-    kept = torch.rand(x.shape, device=x.device) >= p
+    kept = torch.rand_like(x, dtype=torch.float32) >= p
     return torch.mul(x, kept).mul_(1.0 / (1.0 - p) if p < 1.0 else 0.0), kept
 
 
