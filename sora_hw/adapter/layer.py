@@ -146,8 +146,7 @@ class ConditionedLinear(nn.Module, Merges):
         if self.weight.is_meta:
             return
         with self._unmerged_weight() as weight:
-            norm_squared = row_norm_squared(weight) if self.merged else self._base_norm_squared(weight)
-            magnitude.copy_(norm_squared.sqrt())
+            magnitude.copy_(self._base_norm_squared(weight).sqrt())
         if not identity:
             magnitude.mul_(1 + 0.1 * torch.randn_like(magnitude))
 
