@@ -5,28 +5,32 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from typing import TypeVar
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from sora_hw.data.glue import SentenceRecord
 from sora_hw.data.prompts import prompt, training_text
 from sora_hw.data.records import Record
 from sora_hw.errors import DataError
 
 IGNORED = -100  # the label of a token that is read but not learned (torch.nn.CrossEntropyLoss)
+Kind = TypeVar("Kind", Record, SentenceRecord)
 
 
 @dataclass(frozen=True)
-class Samples(Dataset):
-    """Tokenised records. Sample i is {"input_ids": list[int], "labels": list[int]} of equal, unpadded length.
+class _Tokenised(Dataset):
+    """What the samples of every kind have in common.
 
-    `truncated` counts the records that were longer than the maximum length; `left_out` those among them of which
-    nothing to be learned remained; `shortest` is the length of the shortest record in tokens, uncut.
+    `input_ids` are the tokens of each sample, not padded, `ids` the ids of their records. `truncated` counts the
+    records that were longer than the maximum length; `left_out` those among them of which nothing to be learned
+    remained; `shortest` is the length of the shortest record in tokens, uncut.
     """
 
     input_ids: list[list[int]]
-    labels: list[list[int]]
     ids: list[str]
     truncated: int
     left_out: int
@@ -35,8 +39,33 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.input_ids)
 
+
+@dataclass(frozen=True)
+class Samples(_Tokenised):
+    """Texts to continue. Sample i is {"input_ids": list[int], "labels": list[int]} of equal, unpadded length."""
+
+    labels: list[list[int]]
+
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+
+
+@dataclass(frozen=True)
+class SentenceSamples(_Tokenised):
+    """Sentences to classify or to rate. Sample i is {"input_ids": list[int], "labels": int or float}.
+
+    With "token_type_ids": list[int] where the tokenizer tells the sentences of a pair apart by them. The attention
+    mask comes with the padding, from the tokenizer's `pad`.
+    """
+
+    labels: list[int | float]
+    token_type_ids: list[list[int]] | None
+
+    def __getitem__(self, index: int) -> dict[str, list[int] | int | float]:
+        sample = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        if self.token_type_ids is not None:
+            sample["token_type_ids"] = self.token_type_ids[index]
+        return sample
 
 
 def tokenise(
@@ -66,6 +95,39 @@ def tokenise(
     )
 
 
+def tokenise_sentences(
+    records: Sequence[SentenceRecord], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> SentenceSamples:
+    """Tokens of each sentence or pair as the tokenizer puts them together, at most `max_length` of them.
+
+    Of a pair that is too long, the longer sentence is cut first. The records are of one task: all pairs, or none.
+
+    Raises DataError when `max_length` leaves no room for a token of each sentence.
+    """
+    pairs = records[0].second is not None
+    own = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length < own + 1 + pairs:
+        raise DataError(
+            f"a maximum length of {max_length} tokens leaves no room for text: {own} are the tokenizer's own; "
+            "raise --max-length"
+        )
+    texts = [[record.first for record in records]]
+    if pairs:
+        texts.append([record.second for record in records])
+    encode = partial(tokenizer, *texts, return_attention_mask=False, verbose=False)
+    lengths = list(map(len, encode()["input_ids"]))
+    encoded = encode(truncation="longest_first", max_length=max_length)
+    return SentenceSamples(
+        input_ids=encoded["input_ids"],
+        labels=[record.label for record in records],
+        token_type_ids=encoded.get("token_type_ids"),
+        ids=[record.id for record in records],
+        truncated=sum(length > max_length for length in lengths),
+        left_out=0,
+        shortest=min(lengths),
+    )
+
+
 def _ended(tokens: list[int], end_of_text: int) -> list[int]:
     return tokens if tokens[-1] == end_of_text else [*tokens, end_of_text]
 
@@ -81,7 +143,14 @@ def _teaches(labels: list[int]) -> bool:
     return any(label != IGNORED for label in labels[1:])
 
 
-def split(records: Sequence[Record], validation_size: int, seed: int) -> tuple[list[Record], list[Record]]:
+def draw(records: Sequence[Kind], size: int | None, seed: int) -> list[Kind]:
+    """`size` of the records, drawn by `seed`, in their order; all where `size` is None or there are no more of them."""
+    if size is None or size >= len(records):
+        return list(records)
+    return [records[index] for index in sorted(random.Random(f"subset {seed}").sample(range(len(records)), size))]
+
+
+def split(records: Sequence[Kind], validation_size: int, seed: int) -> tuple[list[Kind], list[Kind]]:
     """(training records, validation records): `validation_size` of them drawn by `seed`, the rest in their order.
 
     Raises DataError when nothing would be left to train on.
@@ -111,10 +180,13 @@ def sample_order(size: int, total: int, seed: int) -> list[int]:
         order += indices
 
 
-def checksum(records: Sequence[Record]) -> str:
-    """SHA-256 of what the records say, in their order; the same for one file as for its parts or its gzip."""
+def checksum(records: Sequence[Record] | Sequence[SentenceRecord]) -> str:
+    """SHA-256 of what the records say, in their order; the same for one file as for its parts or its gzip.
+
+    It covers every field but the id, in the order in which the record's class has them.
+    """
     digest = hashlib.sha256()
     for record in records:
-        fields = [record.instruction, record.input, record.output, record.answer]
+        fields = [value for name, value in vars(record).items() if name != "id"]
         digest.update(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()

@@ -64,12 +64,12 @@ BROKEN = {
     ),
     "no_question.jsonl": (json.dumps({"output": "a", "answer": "b"}), 'lacks the field "instruction"'),
     "type.jsonl": (json.dumps({**GOOD, "answer": 3}), '"answer" must be text, not a number'),
-    "null.jsonl": (json.dumps({**GOOD, "input": None}), '"input" must be text, not null'),
+    "null.jsonl": (json.dumps({**GOOD, "output": None}), '"output" must be text, not null'),
     "bare.jsonl": (json.dumps({**GOOD, "output": " "}), '"output" is empty'),
     "surrogate.jsonl": (json.dumps({**GOOD, "output": "\ud800"}), "surrogate"),
     "deep.json": ("[" * 100_000, "line 1: .*nested"),
     "long.jsonl": ("9" * 10_000, "line 1: .*too long a number"),
-    "data.csv": ("a,b", "unknown kind of data file"),
+    "data.xlsx": ("a,b", "unknown kind of data file"),
 }
 
 

@@ -99,7 +99,7 @@ WRONG_DATA = {
     "field.jsonl": (b'{"instruction": "a", "output": "b"}', 'field.jsonl: line 1: the record lacks the field "answer"'),
     "latin.jsonl": ("é".encode("latin-1"), "latin.jsonl: line 1: not UTF-8"),
     "cut.jsonl.gz": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", "cut.jsonl.gz: the gzip file is truncated"),
-    "table.csv": (b"a,b", "table.csv: unknown kind of data file"),
+    "table.xlsx": (b"a,b", "table.xlsx: unknown kind of data file"),
 }
 
 
