@@ -14,7 +14,7 @@ import sys
 import before_torch  # noqa: F401  (what torch reads while it is imported must stand before)
 
 from sora_hw.recipes import commonsense
-from sora_hw.training.run import main
+from sora_hw.training.launch import main
 
 if __name__ == "__main__":
     sys.exit(main(commonsense))

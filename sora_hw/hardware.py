@@ -25,6 +25,9 @@ class Profile:
         zero_stage: DeepSpeed's ZeRO stage.
         dtype: of the base model; the adapter is always float32.
         gradient_checkpointing: whether activations are recomputed in the backward pass.
+        fused_loss: whether Liger computes the loss of a vocabulary in pieces, never holding all logits.
+        offload: whether optimiser states, and under ZeRO-3 the base model as well, lie in the host's memory.
+        four_bit: whether the frozen base is held in 4 bits (bitsandbytes' NF4).
         environment: variables that the machine needs, beyond those of its device type.
     """
 
@@ -36,6 +39,9 @@ class Profile:
     zero_stage: int
     dtype: Literal["float32", "bfloat16"]
     gradient_checkpointing: bool
+    fused_loss: bool = False
+    offload: bool = False
+    four_bit: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -64,6 +70,8 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 zero_stage=2,
                 dtype="bfloat16",
                 gradient_checkpointing=True,
+                # The float32 logits of 4 x 512 tokens of 128,256 words are a gigabyte, their gradient another.
+                fused_loss=True,
                 # These cards have neither NVLink nor peer-to-peer access: NCCL can hang when it tries them.
                 environment={"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"},
             ),

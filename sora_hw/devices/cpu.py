@@ -63,4 +63,5 @@ CPU = CpuDevice(
     communication_backend="gloo",
     deepspeed_accelerator="cpu",
     dtypes=("float32", "bfloat16"),
+    has_four_bit=True,
 )

@@ -90,4 +90,6 @@ CUDA = CudaDevice(
     communication_backend="nccl",
     deepspeed_accelerator="cuda",
     dtypes=("float32", "bfloat16", "float16"),
+    has_fused_loss=True,
+    has_four_bit=True,
 )

@@ -40,6 +40,8 @@ class Device(ABC):
         deepspeed_accelerator: the value of `DS_ACCELERATOR`, which must stand before deepspeed is imported.
         dtypes: the names of the floating dtypes that training may use.
         environment: variables that must stand before the device is first used, unless the user has set them.
+        has_fused_loss: whether Liger's fused linear cross-entropy runs on it.
+        has_four_bit: whether bitsandbytes holds weights in 4 bits on it.
     """
 
     type: str
@@ -48,6 +50,8 @@ class Device(ABC):
     deepspeed_accelerator: str
     dtypes: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    has_fused_loss: bool = False
+    has_four_bit: bool = False
 
     @abstractmethod
     def checks(self) -> Iterator[Check]:

@@ -8,25 +8,27 @@ data, prompt and protocol it follows.
 
 from dataclasses import replace
 
-from sora_hw.recipes.recipe import Recipe
+from sora_hw.recipes.recipe import EMBEDDED, Grid, LanguageModelling
 
 DESCRIPTION = "Fine-tune a language model on commonsense questions with a weight-conditioned adapter."
-DATA = "Commonsense15K (on the Hugging Face hub: fw407/Commonsense-15K)"
 
 
-def recipe() -> Recipe:
+def recipe() -> LanguageModelling:
     """The paper's recipe."""
-    return Recipe(
+    return LanguageModelling(
         name="commonsense",
         model="meta-llama/Meta-Llama-3-8B",  # paper, Table 3
         method="sora",
         target_modules=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),  # paper
+        modules_to_save=(),
         rank=16,  # paper: 4, 8, 16 and 32
         alpha=32,  # paper, for every rank
         rotation_rank=1,  # paper
         rotation="taylor",  # paper
         rotation_scale="bounded",  # paper, Theorem 2
         dropout=0.05,  # default of the authors' script
+        train_data=("fw407/Commonsense-15K",),  # paper: Commonsense15K
+        records=None,
         max_length=512,  # paper
         learn="text",  # LLM-Adapters: train_on_inputs
         validation_size=120,  # LLM-Adapters: val_set_size
@@ -48,11 +50,23 @@ def recipe() -> Recipe:
     )
 
 
-def embedded() -> Recipe:
+def grid() -> Grid:
+    """The rows of Table 3 for one method."""
+    paper = recipe()
+    return Grid(
+        learning_rates=(paper.learning_rate,),  # paper: one
+        seeds=(paper.seed,),  # paper: one
+        ranks=(4, 8, 16, 32),  # paper
+        validation_size=paper.validation_size,
+    )
+
+
+def embedded() -> LanguageModelling:
     """The same on the embedded tiny model: what its size needs is different, the method is not."""
     return replace(
         recipe(),
-        model="embedded",
+        model=EMBEDDED,
+        train_data=(EMBEDDED,),
         max_length=1024,  # the model's own limit: its small vocabulary makes many tokens of a real record
         learn="answer",  # in so few steps the prompt's many tokens would drown out the answer's few
         validation_size=32,

@@ -24,10 +24,10 @@ class Request:
     hardware: str
     recipe: Mapping[str, object]
     profile: Mapping[str, object]
-    train_data: tuple[Path, ...]
     output: Path | None
     resume: str | None
     overwrite: bool
+    sweep: bool
     dry_run: bool
     as_json: bool
     argv: tuple[str, ...]
@@ -45,6 +45,8 @@ def parse(module: ModuleType, argv: Sequence[str] | None = None) -> Request:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given = vars(_parser(module).parse_args(argv))
+    if given["sweep"] and (given["resume"] or given["overwrite"] or given["dry_run"]):
+        raise UserError("--sweep goes on with what its folder holds: give it without --resume, --overwrite, --dry-run")
     if given["resume"] and given["overwrite"]:
         raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
     if given["json"] and not given["dry_run"]:
@@ -54,10 +56,10 @@ def parse(module: ModuleType, argv: Sequence[str] | None = None) -> Request:
         hardware=given["hardware"],
         recipe=_given(given, "recipe."),
         profile=_given(given, "profile."),
-        train_data=tuple(given["train_data"]),
         output=given["output"],
         resume=given["resume"],
         overwrite=given["overwrite"],
+        sweep=given["sweep"],
         dry_run=given["dry_run"],
         as_json=given["json"],
         argv=tuple(argv),
@@ -75,18 +77,16 @@ def _parser(module: ModuleType) -> argparse.ArgumentParser:
     parser = _Parser(description=module.DESCRIPTION, allow_abbrev=False, add_help=False)
     groups = {title: parser.add_argument_group(title) for title in (RUN, MODEL, DATA, OPTIMISATION, HARDWARE)}
     _add_run_flags(groups[RUN])
-    groups[DATA].add_argument(
-        "--train-data",
-        nargs="+",
-        type=_path,
-        default=[],
-        metavar="FILE",
-        help="json, jsonl, json.gz or jsonl.gz files of records; without them the embedded questions are learned",
-    )
-    _add_recipe_flags(groups, module.recipe(), module.embedded())
+    recipe = module.recipe()
+    _add_recipe_flags(groups, recipe, module.embedded() if hasattr(module, "embedded") else recipe)
     _add_hardware_flags(groups[HARDWARE])
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     return parser
+
+
+def paper_recipe(module: ModuleType, given: Mapping[str, object]) -> Recipe:
+    """The paper's recipe in `module`, for the task that is given where the benchmark has several."""
+    return module.recipe(given["task"]) if "task" in given else module.recipe()
 
 
 def _path(text: str) -> Path:
@@ -105,6 +105,11 @@ def _add_run_flags(group) -> None:
     )
     group.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
     group.add_argument(
+        "--sweep",
+        action="store_true",
+        help="one run for each learning rate, seed and rank of the paper's grid; a value that is given stays fixed",
+    )
+    group.add_argument(
         "--dry-run",
         action="store_true",
         help="check model, data and output, print the plan, write nothing; of a model on the hub only the plan",
@@ -113,7 +118,7 @@ def _add_run_flags(group) -> None:
 
 
 def _add_recipe_flags(groups: Mapping[str, argparse._ArgumentGroup], recipe: Recipe, embedded: Recipe) -> None:
-    for field in fields(Recipe):
+    for field in fields(recipe):
         if "group" not in field.metadata:
             continue
         value, tiny = _shown(getattr(recipe, field.name)), _shown(getattr(embedded, field.name))
@@ -124,7 +129,7 @@ def _add_recipe_flags(groups: Mapping[str, argparse._ArgumentGroup], recipe: Rec
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif field.type == tuple[str, ...]:
-            options.update(nargs="+", metavar="NAME")
+            options.update(nargs="+", metavar="FILE" if field.name.endswith("_data") else "NAME")
         else:
             kind = int if field.type == int | None else field.type
             options.update(type=kind, choices=field.metadata.get("among"))
@@ -134,7 +139,7 @@ def _add_recipe_flags(groups: Mapping[str, argparse._ArgumentGroup], recipe: Rec
 
 
 def _shown(value: object) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+    return (" ".join(value) or "none") if isinstance(value, tuple) else str(value)
 
 
 def _add_hardware_flags(group) -> None:
@@ -143,7 +148,7 @@ def _add_hardware_flags(group) -> None:
         "--hardware",
         choices=SETUPS,
         default="auto",
-        help="set-up that decides the next four [auto]; a real one selects the paper's model",
+        help="set-up that decides what follows [auto]; a real one selects the paper's model",
     )
     group.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), dest="profile.zero_stage", help="DeepSpeed ZeRO")
     group.add_argument(
@@ -157,4 +162,22 @@ def _add_hardware_flags(group) -> None:
         action=argparse.BooleanOptionalAction,
         dest="profile.gradient_checkpointing",
         help="recompute activations in the backward pass to save memory",
+    )
+    group.add_argument(
+        "--fused-loss",
+        action=argparse.BooleanOptionalAction,
+        dest="profile.fused_loss",
+        help="compute the loss in pieces, by Liger, to save memory",
+    )
+    group.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        dest="profile.offload",
+        help="keep optimiser states, with ZeRO-3 also the base model, in the host's memory",
+    )
+    group.add_argument(
+        "--load-in-4bit",
+        action=argparse.BooleanOptionalAction,
+        dest="profile.four_bit",
+        help="hold the frozen base model in 4 bits",
     )

@@ -12,32 +12,38 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 
+from sora_hw import recipes
 from sora_hw.data.embedded import MODEL_PATH
 from sora_hw.errors import UserError
-from sora_hw.recipes.recipe import Recipe
+from sora_hw.hardware import Profile
+from sora_hw.recipes.recipe import EMBEDDED, FULL, Recipe
+from sora_hw.training.methods import is_expression
+from sora_hw.training.objectives import Objective
 
-EMBEDDED = "embedded"
+SHIPPED = Path(recipes.__file__).parent / "models"  # the configurations of the paper's models, without their weights
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model that was found: its name as given, what transformers loads it from, and its configuration."""
+    """A model that was found: its name as given, what transformers loads it from, its configuration, and the class that
+    gives it the objective's head."""
 
     name: str
     source: str
     config: PretrainedConfig
+    auto_class: type
 
 
-def find(name: str) -> BaseModel:
+def find(name: str, objective: Objective) -> BaseModel:
     """The model called `name`: "embedded", a folder, or an id on the Hugging Face hub.
 
     Raises UserError when the folder does not exist or holds no model, or the hub cannot give the id.
@@ -49,12 +55,22 @@ def find(name: str) -> BaseModel:
         if not folder.is_dir():
             raise UserError(f"--model {name}: no such folder")
     else:
-        return BaseModel(name, name, _config(name, name))
+        return _found(name, name, objective)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UserError(f"--model {name}: the folder holds an adapter, not a model; name the model it belongs to")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise UserError(f"--model {name}: the folder holds no weights (*.safetensors)")
-    return BaseModel(name, str(folder), _config(name, str(folder)))
+    return _found(name, str(folder), objective)
+
+
+def shipped(name: str, objective: Objective) -> BaseModel | None:
+    """One of the paper's models to be planned with: its configuration alone, which comes with this package."""
+    folder = SHIPPED / name.rpartition("/")[2]
+    return _found(name, str(folder), objective) if folder.is_dir() else None
+
+
+def _found(name: str, source: str, objective: Objective) -> BaseModel:
+    return BaseModel(name, source, _config(name, source, objective.model_options), objective.auto_class)
 
 
 def is_local(name: str) -> bool:
@@ -63,9 +79,9 @@ def is_local(name: str) -> bool:
     return name == EMBEDDED or path.exists() or not HUB_ID.fullmatch(name) or ("/" in name and path.parent.is_dir())
 
 
-def _config(name: str, source: str) -> PretrainedConfig:
+def _config(name: str, source: str, options: Mapping[str, object]) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # from the hub, the network and every model's own checks: all mean the same here
         where = "no model configuration" if Path(source).is_dir() else "no such folder, and the hub cannot give it"
         raise UserError(f"--model {name}: {where} ({_first_sentence(error)})") from None
@@ -75,33 +91,49 @@ def _first_sentence(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-def check_model(base: BaseModel, recipe: Recipe) -> int:
+def check_model(base: BaseModel, recipe: Recipe) -> int | None:
     """Check the model's weights and that the recipe's adapter fits its layers.
 
     The model is built without memory on torch's meta device. Raises UserError when a file of weights is damaged or
     belongs to another model, a target names no layer, or a rank is larger than a layer.
 
     Returns:
-        The number of elements of the adapter's largest tensor.
+        The number of elements of the adapter's largest tensor; None where the whole model trains.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(base.config, trust_remote_code=False)
-    except ValueError as error:
-        raise UserError(f"--model {base.name}: not a causal language model ({_first_sentence(error)})") from None
+    model = skeleton(base)
     _check_weights(base, {name: tuple(each.shape) for name, each in model.state_dict().items()})
+    if recipe.method == FULL:
+        return None
     layers = {name: _shape(module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     largest = 0
     for target in recipe.target_modules:
-        shapes = {name: shape for name, shape in layers.items() if name == target or name.endswith("." + target)}
+        shapes = {name: shape for name, shape in layers.items() if _names(target, name)}
         if not shapes:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise UserError(f"--target-modules {target}: no linear layer of {base.name} has this name; it has {known}")
         for name, shape in shapes.items():
-            _check_rank("--rank", recipe.rank, name, shape)
-            _check_rank("--rotation-rank", recipe.rotation_rank, name, shape)
+            if recipe.low_rank:
+                _check_rank("--rank", recipe.rank, name, shape)
+                _check_rank("--rotation-rank", recipe.rotation_rank, name, shape)
             largest = max(largest, max(shape) * max(recipe.rank, recipe.rotation_rank))
     return largest
+
+
+def skeleton(base: BaseModel) -> PreTrainedModel:
+    """The model without memory, on torch's meta device. Raises UserError where it has not the objective's head."""
+    try:
+        with torch.device("meta"):
+            return base.auto_class.from_config(base.config, trust_remote_code=False)
+    except ValueError as error:
+        kind = base.auto_class.__name__.removeprefix("AutoModelFor")
+        raise UserError(f"--model {base.name}: not a model for {kind} ({_first_sentence(error)})") from None
+
+
+def _names(target: str, layer: str) -> bool:
+    """Whether a target means the layer of this full name, as PEFT has it."""
+    if is_expression(target):
+        return re.fullmatch(target, layer) is not None
+    return layer == target or layer.endswith("." + target)
 
 
 def _check_weights(base: BaseModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -153,27 +185,34 @@ def _check_rank(flag: str, rank: int, name: str, shape: tuple[int, int]) -> None
         raise UserError(f"{flag} {rank} is larger than the layer {name} of {shape[0]} x {shape[1]}; use a smaller one")
 
 
-def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the right. Raises UserError when it is missing or cannot end a text."""
+def load_tokenizer(base: BaseModel, objective: Objective) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the right. Raises UserError when it is missing or lacks what it needs."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.source, trust_remote_code=False)
     except Exception as error:  # as in _config
         raise UserError(f"--model {base.name}: no usable tokenizer ({_first_sentence(error)})") from None
-    if tokenizer.eos_token_id is None:
+    if objective.ends_texts and tokenizer.eos_token_id is None:
         raise UserError(f"--model {base.name}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"--model {base.name}: its tokenizer has neither a padding nor an end-of-text token")
         tokenizer.pad_token = tokenizer.eos_token  # masked out everywhere, so any token serves
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def load_model(base: BaseModel, dtype: str) -> PreTrainedModel:
+def load_model(base: BaseModel, profile: Profile) -> PreTrainedModel:
     """The model with its weights; sharded while it is loaded where ZeRO-3 has been configured before.
 
     Raises UserError when its files cannot be loaded.
     """
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    options: dict[str, object] = {"dtype": getattr(torch, profile.dtype)}
+    if profile.four_bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
+        )
     try:
-        return AutoModelForCausalLM.from_pretrained(base.source, dtype=getattr(torch, dtype), trust_remote_code=False)
+        return base.auto_class.from_pretrained(base.source, config=base.config, trust_remote_code=False, **options)
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"--model {base.name}: its weights cannot be loaded ({_first_sentence(error)})") from None

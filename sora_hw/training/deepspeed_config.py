@@ -2,6 +2,7 @@
 
 import torch.distributed as dist
 
+from sora_hw.devices.cpu import CPU
 from sora_hw.errors import UserError
 from sora_hw.training.plan import Plan
 
@@ -18,6 +19,10 @@ def deepspeed_config(plan: Plan, largest_tensor: int | None) -> dict[str, object
         # Adapters stay whole on every rank: gathering each of their small tensors is what makes LoRA slow with ZeRO-3.
         zero["stage3_param_persistence_threshold"] = largest_tensor or "auto"
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if plan.profile.offload:
+        zero["offload_optimizer"] = {"device": CPU.type, "pin_memory": True}
+        if plan.profile.zero_stage == 3:
+            zero["offload_param"] = {"device": CPU.type, "pin_memory": True}
     return {
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro_batch,

@@ -1,8 +1,6 @@
 """What a run is going to do, resolved from the request before anything is created."""
 
-import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import ModuleType
 
 from sora_hw.devices.cpu import CPU
@@ -10,9 +8,8 @@ from sora_hw.devices.detect import DEVICES, select
 from sora_hw.devices.device import Device
 from sora_hw.errors import UserError
 from sora_hw.hardware import BatchPlan, Profile, batch_plan, choose, fitting_micro_batch
-from sora_hw.recipes.recipe import Recipe
-from sora_hw.training.arguments import Request
-from sora_hw.training.base_model import EMBEDDED
+from sora_hw.recipes.recipe import EMBEDDED, FULL, LanguageModelling, Recipe
+from sora_hw.training.arguments import Request, paper_recipe
 from sora_hw.training.environment import number_of_ranks
 
 
@@ -24,17 +21,6 @@ class Plan:
     device: Device
     profile: Profile
     batch: BatchPlan
-    train_data: tuple[Path, ...]
-
-    @property
-    def asks_embedded_questions(self) -> bool:
-        """Whether the embedded question set is learned, and its held-out questions scored."""
-        return not self.train_data
-
-    def steps(self, training_size: int) -> int:
-        """Optimiser steps of the whole run."""
-        recipe = self.recipe
-        return recipe.max_steps or math.ceil(recipe.epochs * training_size / recipe.global_batch)
 
     def as_dict(self) -> dict[str, object]:
         """The plan in JSON's types."""
@@ -43,7 +29,6 @@ class Plan:
             "device": self.device.type,
             "profile": {**asdict(self.profile), "environment": dict(self.profile.environment)},
             "batch": asdict(self.batch),
-            "train_data": [str(path) for path in self.train_data],
         }
 
 
@@ -55,11 +40,12 @@ def make_plan(request: Request, module: ModuleType) -> Plan:
     """
     device, profile = _hardware(request)
     recipe = _recipe(request, module, profile)
+    profile = _fitted(profile, device, recipe)
     world_size = number_of_ranks() or (request.dry_run and profile.ranks) or 1
     micro_batch = request.profile.get("micro_batch")
     if micro_batch is None:  # the profile's is what fits into memory; a smaller one always does
         micro_batch = fitting_micro_batch(recipe.global_batch, world_size, profile.micro_batch) or profile.micro_batch
-    return Plan(recipe, device, profile, batch_plan(recipe.global_batch, world_size, micro_batch), request.train_data)
+    return Plan(recipe, device, profile, batch_plan(recipe.global_batch, world_size, micro_batch))
 
 
 def _hardware(request: Request) -> tuple[Device, Profile]:
@@ -81,7 +67,24 @@ def _hardware(request: Request) -> tuple[Device, Profile]:
         raise UserError(
             "--zero-stage 0 drifts from the right losses in bfloat16; use stage 1, 2 or 3, or --dtype float32"
         )
+    if profile.offload and device.type == CPU.type:
+        raise UserError("--offload moves memory to the host, and on --backend cpu everything is there already")
     return device, profile
+
+
+def _fitted(profile: Profile, device: Device, recipe: Recipe) -> Profile:
+    """The profile without what the recipe has no use for. Raises UserError for what does not go with it."""
+    if profile.four_bit and recipe.method == FULL:
+        raise UserError("--load-in-4bit freezes the base, which --method full trains; give one of them")
+    if profile.four_bit and profile.zero_stage == 3:
+        raise UserError("--load-in-4bit: ZeRO-3 cannot shard packed weights; use --zero-stage 2")
+    if profile.four_bit and not device.has_four_bit:
+        raise UserError(f"--load-in-4bit: bitsandbytes does not serve the {device.display_name}")
+    if not isinstance(recipe, LanguageModelling):  # a handful of classes has no logits worth sparing
+        profile = replace(profile, fused_loss=False)
+    if profile.fused_loss and not device.has_fused_loss:
+        raise UserError(f"--fused-loss: Liger has no kernels for the {device.display_name}; use --no-fused-loss")
+    return profile
 
 
 def _recipe(request: Request, module: ModuleType, profile: Profile) -> Recipe:
@@ -90,4 +93,7 @@ def _recipe(request: Request, module: ModuleType, profile: Profile) -> Recipe:
     given = dict(request.recipe)
     if "epochs" in given:
         given.setdefault("max_steps", None)
-    return replace(module.embedded() if small else module.recipe(), **given)
+    recipe = module.embedded() if small and hasattr(module, "embedded") else paper_recipe(module, given)
+    if "train_data" in given and hasattr(recipe, "test_data"):
+        given.setdefault("test_data", ())  # the benchmark's own would score what was learned from something else
+    return replace(recipe, **given)

@@ -4,24 +4,25 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from sora_hw.data.dataset import Samples, checksum, sample_order, split, tokenise
-from sora_hw.data.embedded import train_records
-from sora_hw.data.records import read_records
+from sora_hw.data.dataset import Samples, checksum, draw, sample_order, split
 from sora_hw.errors import DataError
-from sora_hw.training.plan import Plan
+from sora_hw.training.objectives import Objective
 
 MOST_SAMPLES = 50_000_000  # their order is held in memory
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """`order` lists the training sample of every place in every optimiser step; `checksum` covers all records read."""
+    """`order` lists the training sample of every place in every optimiser step; `checksum` covers the records of
+    training and validation, `test_checksum` those that the trained model is scored on."""
 
     training: Samples
     validation: Samples | None
+    test: Samples | None
     steps: int
     order: list[int]
     checksum: str
+    test_checksum: str | None
 
     def tokens_of_steps(self, global_batch: int) -> list[int]:
         """The tokens of each optimiser step, over all ranks, padding not counted."""
@@ -54,24 +55,27 @@ class Prepared:
         }
 
 
-def prepare(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Read the plan's records and make its samples. Raises DataError for what is wrong with them."""
-    recipe = plan.recipe
-    records = train_records() if plan.asks_embedded_questions else read_records(plan.train_data)
+def prepare(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Read the recipe's records and make its samples. Raises DataError for what is wrong with them."""
+    recipe = objective.recipe
+    if not recipe.train_data:
+        raise DataError(f"{recipe.name} comes without data of its own for --model {recipe.model}: give --train-data")
+    records = draw(objective.training_records(), recipe.records, recipe.seed)
+    test_records = objective.test_records()
     training_records, validation_records = split(records, recipe.validation_size, recipe.seed)
-    training = tokenise(training_records, tokenizer, recipe.max_length, recipe.learn)
-    validation = (
-        tokenise(validation_records, tokenizer, recipe.max_length, recipe.learn) if validation_records else None
-    )
+    training = objective.tokenise(training_records, tokenizer)
+    validation = objective.tokenise(validation_records, tokenizer) if validation_records else None
+    test = objective.tokenise(test_records, tokenizer) if test_records else None
     _check_lengths([part for part in (training, validation) if part is not None], len(records), recipe.max_length)
-    steps = plan.steps(len(training))
+    steps = recipe.steps(len(training))
     if steps * recipe.global_batch > MOST_SAMPLES:
         raise DataError(
             f"{steps} steps of {recipe.global_batch} samples are more than the {MOST_SAMPLES:,} that one run may take; "
             "lower --max-steps or --epochs"
         )
     order = sample_order(len(training), steps * recipe.global_batch, recipe.seed)
-    return Prepared(training, validation, steps, order, checksum(records))
+    test_checksum = checksum(test_records) if test_records else None
+    return Prepared(training, validation, test, steps, order, checksum(records), test_checksum)
 
 
 def _check_lengths(parts: list[Samples], records: int, max_length: int) -> None:

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import transformers
 
 from sora_hw.devices.cpu import CPU
@@ -38,6 +39,13 @@ def start(plan: Plan) -> Settings:
         torch.accelerator.set_device_index(_own_device(plan.device))
     deepspeed.init_distributed(plan.device.communication_backend, verbose=False)
     return Settings(changed, plan.device.configure())
+
+
+def leave() -> None:
+    """End the ranks' process group, if there is one: what is left to do, each does by itself."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _own_device(device: Device) -> int:

@@ -60,13 +60,16 @@ def print_results(results: Mapping[str, object], device: Device, console: Consol
         "steps": f"{results['steps']}",
         "final loss": f"{results['final_loss']:.4f}",
         "validation loss": _shown(results["validation_loss"], "{:.4f}"),
+        **{f"validation {name}": f"{value:.4f}" for name, value in results["validation"].items()},
+        **{f"test {name}": f"{value:.4f}" for name, value in results["test"].items()},
         "speed": _shown(results["tokens_per_second"] or None, "{:,.0f} tokens/s"),
         "peak memory": f"{results['peak_memory_bytes'] / 2**30:.2f} GiB on rank 0",
         "trainable": f"{results['trainable_percent']:.3f} % of the parameters",
         "held-out questions": demo and f"{demo['questions']}, right by chance {demo['chance']:.1%}",
         "right before": demo and f"{demo['before']:.1%}",
         "right after": demo and f"{demo['after']:.1%}",
-        "adapter": results["adapter"],
+        "adapter": results.get("adapter"),
+        "model": results.get("model"),
     }
     for name, value in rows.items():
         if value:

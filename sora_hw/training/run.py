@@ -1,45 +1,41 @@
-"""One fine-tuning run, from the command line to the saved adapter, in the order in which it happens."""
+"""One fine-tuning run, from the checks to what it leaves behind, in the order in which it happens."""
 
 import math
-import re
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from types import ModuleType
 
 import torch.distributed as dist
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
 
-from sora_hw.data.records import read_records
 from sora_hw.errors import UserError
-from sora_hw.training.arguments import Request, parse
-from sora_hw.training.base_model import (
-    EMBEDDED,
-    BaseModel,
-    check_model,
-    check_tokens,
-    find,
-    is_local,
-    load_model,
-    load_tokenizer,
-)
+from sora_hw.recipes.recipe import EMBEDDED
+from sora_hw.training.arguments import Request
+from sora_hw.training.base_model import BaseModel, check_model, check_tokens, find, load_model, load_tokenizer
 from sora_hw.training.callbacks import Clock, EngineCheck, LastLoss, ProgressBar
 from sora_hw.training.deepspeed_config import deepspeed_config
 from sora_hw.training.demo import score_demo
-from sora_hw.training.environment import rank
-from sora_hw.training.plan import Plan, make_plan
+from sora_hw.training.methods import add_method
+from sora_hw.training.objectives import Objective, objective_of
+from sora_hw.training.plan import Plan
 from sora_hw.training.prepare import Prepared, prepare
-from sora_hw.training.ranks import silence, start
-from sora_hw.training.report import draw_losses, facts, now, print_plan, print_results, what_runs
+from sora_hw.training.ranks import start
+from sora_hw.training.report import draw_losses, facts, now, print_results, what_runs
 from sora_hw.training.run_folder import CURVE, RunFolder, fingerprint, open_folder
-from sora_hw.training.saving import save_adapter, trainable_rate
-from sora_hw.training.trainer import add_adapter, build_trainer, training_arguments
-from sora_hw.versions import check_versions
+from sora_hw.training.saving import save_trained, trainable_rate
+from sora_hw.training.trainer import build_trainer, training_arguments
 
-USER_ERROR = 2
-RANK_0_SPEAKS_FIRST = 20  # seconds
+OTHER_COLUMNS = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "epoch",
+    "loss",
+    "step",
+)  # of the Trainer's metrics
+
+
+class Diverged(UserError):
+    """The loss is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,7 @@ class Job:
 
     request: Request
     plan: Plan
+    objective: Objective
     base: BaseModel
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
@@ -61,63 +58,29 @@ class Job:
         return self.plan.as_dict() | resolved
 
 
-def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
-    """Run the launcher of the recipes in `module`; its exit code: 0, or 2 for an error of the user's."""
-    silence()
-    try:
-        run(module, argv)
-    except UserError as error:
-        if rank() > 0:  # every rank finds the same error; DeepSpeed's launcher ends this one when rank 0 has told it
-            time.sleep(RANK_0_SPEAKS_FIRST)
-        print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
-        return USER_ERROR
-    return 0
-
-
-def run(module: ModuleType, argv: Sequence[str] | None) -> None:
-    """Plan, check, train, save and report. Nothing is created before everything has been checked."""
-    request = parse(module, argv)
-    check_versions()
-    plan = make_plan(request, module)
-    console = Console(quiet=rank() > 0, highlight=False, soft_wrap=True, markup=False, emoji=False)
-    if request.dry_run and not is_local(plan.recipe.model):  # a dry run downloads nothing
-        read = {"records": len(read_records(plan.train_data)), "deepspeed": deepspeed_config(plan, None)}
-        print_plan(plan.as_dict() | read, console, request.as_json)
-        return
-    job = check(request, plan, module)
-    if request.dry_run:
-        print_plan(job.as_dict(), console, request.as_json)
-        return
-    announce(job, console)
-    train(job, console)
-
-
-def check(request: Request, plan: Plan, module: ModuleType) -> Job:
+def check(request: Request, plan: Plan) -> Job:
     """Model, data and output folder, looked at before any of them is touched. Raises UserError."""
-    base = find(plan.recipe.model)
-    if base.name != EMBEDDED and plan.asks_embedded_questions:
-        raise UserError(
-            f"--model {base.name} learns from --train-data FILE...: give the records of {module.DATA}, "
-            f"or --model {EMBEDDED} for the embedded model and its questions"
-        )
+    objective = objective_of(plan.recipe)
+    base = find(plan.recipe.model, objective)
     largest_tensor = check_model(base, plan.recipe)
-    tokenizer = load_tokenizer(base)
-    data = prepare(plan, tokenizer)
+    tokenizer = load_tokenizer(base, objective)
+    data = prepare(objective, tokenizer)
     check_tokens(base, data.largest_token, data.longest)
     wanted = fingerprint(plan, data.steps, data.checksum)
     folder = open_folder(request, plan, wanted)
-    return Job(request, plan, base, tokenizer, data, deepspeed_config(plan, largest_tensor), folder, wanted)
+    return Job(request, plan, objective, base, tokenizer, data, deepspeed_config(plan, largest_tensor), folder, wanted)
 
 
 def announce(job: Job, console: Console) -> None:
     """Tell what runs where, on what, before it starts."""
-    if job.plan.recipe.model == EMBEDDED:
+    recipe = job.plan.recipe
+    if recipe.model == EMBEDDED:
         console.print("base model: the embedded tiny one; --model FOLDER_OR_ID takes another")
-    if job.plan.asks_embedded_questions:
+    if recipe.asks_embedded_questions:
         console.print("data: the embedded questions; --train-data FILE... takes others")
     data = job.data.as_dict()
     console.print(
-        f"{data['training_samples']} training samples ({data['truncated']} cut at {job.plan.recipe.max_length} tokens, "
+        f"{data['training_samples']} training samples ({data['truncated']} cut at {recipe.max_length} tokens, "
         f"{data['left_out']} left out), {data['validation_samples']} held out for validation, {data['steps']} steps"
     )
     console.print(what_runs(job.plan))
@@ -128,7 +91,10 @@ def announce(job: Job, console: Console) -> None:
 
 
 def train(job: Job, console: Console) -> None:
-    """Train on all ranks, and leave adapter, curve and run.json in the job's folder."""
+    """Train on all ranks, and leave adapter or model, curve and run.json in the job's folder.
+
+    Raises Diverged, on every rank, when the loss is not finite any more; run.json then says so.
+    """
     settings = start(job.plan)
     main_rank = dist.get_rank() == 0
     global_batch = job.plan.recipe.global_batch
@@ -146,7 +112,7 @@ def train(job: Job, console: Console) -> None:
     if not math.isfinite(final_loss(trainer)):
         if main_rank:
             job.folder.write_manifest({**manifest, "status": "diverged", "finished": now()})
-        raise UserError(
+        raise Diverged(
             f"the loss of step {trainer.state.global_step} is {final_loss(trainer)}: the run has diverged, and no "
             "adapter was saved; try a smaller --learning-rate, or more --warmup-steps"
         )
@@ -155,42 +121,44 @@ def train(job: Job, console: Console) -> None:
         job.folder.write_manifest({**manifest, "status": "finished", "finished": now(), "results": results})
         print_results(results, job.plan.device, console)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def make_trainer(job: Job, clock: Clock, console: Console) -> Trainer:
     """The model with its adapter in a Trainer; the order matters, see `training_arguments`."""
     arguments = training_arguments(job.plan, job.data.steps, job.folder.path, job.deepspeed)
-    model = add_adapter(load_model(job.base, job.plan.profile.dtype), job.plan.recipe)
+    set_seed(job.plan.recipe.seed)  # a head that the base model lacks is drawn while it is loaded
+    model = add_method(load_model(job.base, job.plan.profile), job.plan.recipe, job.objective.task_type)
     callbacks = [clock, LastLoss()] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
-    trainer = build_trainer(model, arguments, job.tokenizer, job.data, callbacks)
+    trainer = build_trainer(model, arguments, job.tokenizer, job.objective, job.data, callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(EngineCheck(trainer, job.plan))
     return trainer
 
 
 def finish(job: Job, trainer: Trainer, clock: Clock) -> dict[str, object]:
-    """Save adapter, state and curve, score what the run was asked to score; the results for run.json."""
-    validation_loss = final_validation_loss(trainer) if job.data.validation else None
-    if validation_loss is not None and not math.isfinite(validation_loss):
-        validation_loss = None  # JSON has no name for it
-    save_adapter(trainer.model, job.folder.adapter, job.plan.profile.zero_stage)
+    """Save what was trained, state and curve, score what the run was asked to score; the results for run.json."""
+    validation = validate(trainer) if job.data.validation else {}
+    test = trainer.evaluate(job.data.test, metric_key_prefix="test") if job.data.test else {}
+    trained = job.folder.trained(job.plan.recipe)
+    save_trained(trainer.model, trained, job.plan.profile.zero_stage, job.tokenizer)
     trainer.save_state()
     history = trainer.state.log_history
     if dist.get_rank() == 0:
         draw_losses(history, job.folder.path / CURVE)
     demo = None
-    if job.plan.asks_embedded_questions:
-        demo = asdict(score_demo(job.base, job.tokenizer, job.folder.adapter, trainer.args.device))
+    if job.plan.recipe.asks_embedded_questions:
+        demo = asdict(score_demo(job.base, job.tokenizer, trained, job.plan.profile, trainer.args.device))
     return {
         "steps": trainer.state.global_step,
         "final_loss": final_loss(trainer),
-        "validation_loss": validation_loss,
+        "validation_loss": _finite(validation.get("eval_loss")),
+        "validation": _own_metrics(validation, "eval_"),
+        "test": _own_metrics(test, "test_"),
         "seconds": clock.elapsed,
         "tokens_per_second": clock.tokens_per_second,
         "peak_memory_bytes": job.plan.device.peak_memory_bytes(),
         "trainable_percent": trainable_rate(trainer.model),
-        "adapter": str(job.folder.adapter),
+        trained.name: str(trained),
         "embedded_questions": demo,
     }
 
@@ -200,11 +168,20 @@ def final_loss(trainer: Trainer) -> float:
     return next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
 
 
-def final_validation_loss(trainer: Trainer) -> float:
-    """The validation loss of the adapter that is kept, measured unless it just was."""
-    if trainer.args.load_best_model_at_end:
-        return trainer.state.best_metric
+def validate(trainer: Trainer) -> dict[str, float]:
+    """The validation metrics of what is kept, measured unless they just were."""
     measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if measured and measured[-1]["step"] == trainer.state.global_step:
-        return measured[-1]["eval_loss"]
-    return trainer.evaluate()["eval_loss"]
+    if measured and measured[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return measured[-1]
+    return trainer.evaluate()
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no name for what is not finite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _own_metrics(measured: dict[str, float], prefix: str) -> dict[str, float | None]:
+    """The objective's metrics beside the loss, by their names."""
+    named = {name.removeprefix(prefix): value for name, value in measured.items()}
+    return {name: _finite(value) for name, value in named.items() if name not in OTHER_COLUMNS}

@@ -1,4 +1,4 @@
-"""A run's folder (run.json, checkpoint-N, adapter/, loss.png): which run it holds, and whether one may go on."""
+"""A run's folder (run.json, checkpoint-N, adapter/ or model/): which run it holds, and whether one may go on."""
 
 import json
 import os
@@ -10,11 +10,12 @@ from itertools import count
 from pathlib import Path
 
 from sora_hw.errors import UserError
-from sora_hw.recipes.recipe import RUN
+from sora_hw.recipes.recipe import FULL, RUN, Recipe
 from sora_hw.training.arguments import NEWEST, Request
 from sora_hw.training.plan import Plan
 
-MANIFEST, ADAPTER, CURVE, STATE = "run.json", "adapter", "loss.png", "trainer_state.json"
+MANIFEST, CURVE, STATE = "run.json", "loss.png", "trainer_state.json"
+ADAPTER, MODEL = "adapter", "model"  # what was trained
 RUNS = Path("runs")
 
 
@@ -25,9 +26,9 @@ class RunFolder:
     path: Path
     checkpoint: Path | None = None
 
-    @property
-    def adapter(self) -> Path:
-        return self.path / ADAPTER
+    def trained(self, recipe: Recipe) -> Path:
+        """The folder for what the recipe trains: an adapter, or the whole model."""
+        return self.path / (MODEL if recipe.method == FULL else ADAPTER)
 
     def create(self, overwrite: bool) -> None:
         """Make the folder; with `overwrite`, delete the run that it holds, and nothing else that lies in it."""
@@ -54,7 +55,7 @@ def fingerprint(plan: Plan, steps: int, checksum: str) -> dict[str, object]:
         if field.metadata.get("group") != RUN
     }
     decided = {"max_steps": steps, "train_data": checksum, "ranks": plan.batch.world_size}
-    hardware = {name: asdict(plan.profile)[name] for name in ("zero_stage", "dtype")}
+    hardware = {name: asdict(plan.profile)[name] for name in ("zero_stage", "dtype", "four_bit")}
     return json.loads(json.dumps(recipe | decided | hardware))  # in JSON's types, as they are read back
 
 
@@ -137,7 +138,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 def _traces(path: Path) -> list[Path]:
     """What a run has left in `path`."""
-    named = [path / name for name in (MANIFEST, ADAPTER, CURVE, STATE)]
+    named = [path / name for name in (MANIFEST, ADAPTER, MODEL, CURVE, STATE)]
     return [entry for entry in named if entry.exists()] + _checkpoints(path)
 
 

@@ -1,4 +1,4 @@
-"""The adapter on disk, as PEFT loads it."""
+"""What was trained, on disk: an adapter as PEFT loads it, or the whole model as transformers does."""
 
 import shutil
 from pathlib import Path
@@ -6,28 +6,47 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sora_hw.hardware import Profile
+from sora_hw.training.base_model import BaseModel, load_model
 
 
-def save_adapter(model: PeftModel, folder: Path, zero_stage: int) -> None:
-    """Write adapter_config.json and adapter_model.safetensors (float32) to `folder`, whole or not at all.
+def save_trained(model: nn.Module, folder: Path, zero_stage: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write an adapter (adapter_config.json and adapter_model.safetensors) or, of full fine-tuning, the model with its
+    tokenizer to `folder`, in float32, whole or not at all.
 
     Every rank must call it: each holds a part of the optimiser's float32 weights, which are what is saved, and of which
     the model holds rounded copies when it trains in bfloat16. Rank 0 writes, to a folder aside that is renamed at the
     end, and all ranks return when that is done.
     """
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    weights = {name: _full_precision(each, zero_stage) for name, each in trained.items()}
-    if dist.get_rank() == 0:
+    writes = dist.get_rank() == 0
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = _full_precision(parameter, zero_stage)
+            weights[name] = whole.cpu() if writes else None
+    if writes:
         aside = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(str(aside), state_dict=weights)
+        if not isinstance(model, PeftModel):
+            tokenizer.save_pretrained(str(aside))
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, with nothing filled in
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     dist.barrier()
 
 
-def _full_precision(parameter: torch.nn.Parameter, zero_stage: int) -> torch.Tensor:
+def load_trained(base: BaseModel, plain: PreTrainedModel, folder: Path, profile: Profile) -> nn.Module:
+    """What `save_trained` wrote to `folder`: an adapter around `plain`, the base model, or a model by itself."""
+    if (folder / "adapter_config.json").exists():
+        return PeftModel.from_pretrained(plain, str(folder))
+    return load_model(BaseModel(base.name, str(folder), base.config, base.auto_class), profile)
+
+
+def _full_precision(parameter: nn.Parameter, zero_stage: int) -> torch.Tensor:
     if zero_stage == 0:
         return parameter.detach()
     from deepspeed.utils import safe_get_full_fp32_param  # imported only after the ranks' environment stands
@@ -35,7 +54,14 @@ def _full_precision(parameter: torch.nn.Parameter, zero_stage: int) -> torch.Ten
     return safe_get_full_fp32_param(parameter)
 
 
-def trainable_rate(model: PeftModel) -> float:
-    """Trained parameters over all parameters, in percent; under ZeRO-3 each counts whole."""
-    sizes = [(getattr(each, "ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
+def trainable_rate(model: nn.Module) -> float:
+    """Trained parameters over all parameters, in percent; under ZeRO-3 each counts whole.
+
+    As the paper counts them: layers that are trained whole beside an adapter are no part of what it adds.
+    """
+    sizes = [
+        (getattr(each, "ds_numel", each.numel()), each.requires_grad)
+        for name, each in model.named_parameters()
+        if ".modules_to_save." not in name
+    ]
     return 100 * sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)

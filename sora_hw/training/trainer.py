@@ -2,29 +2,24 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
-from peft import PeftModel, get_peft_model
-from torch.nn import functional
+from torch import nn
 from torch.utils.data import Subset
-from transformers import (
-    DataCollatorForSeq2Seq,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from sora_hw import ConditionedConfig
-from sora_hw.data.dataset import IGNORED
 from sora_hw.devices.cpu import CPU
-from sora_hw.recipes.recipe import Recipe
+from sora_hw.training.methods import optimiser
+from sora_hw.training.objectives import Objective
 from sora_hw.training.plan import Plan
 from sora_hw.training.prepare import Prepared
 
+LIGER_KERNELS = {  # the loss alone: the rest of the model stays what it is on every device
+    "fused_linear_cross_entropy": True,
+    "cross_entropy": False,
+    "rope": False,
+    "rms_norm": False,
+    "swiglu": False,
+    "geglu": False,
+}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -41,6 +36,8 @@ def training_arguments(plan: Plan, steps: int, folder: Path, deepspeed: dict[str
         gradient_accumulation_steps=batch.accumulation,
         gradient_checkpointing=plan.profile.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_liger_kernel=plan.profile.fused_loss,
+        liger_kernel_config=LIGER_KERNELS,
         max_steps=steps,
         warmup_steps=recipe.warmup_steps,
         learning_rate=recipe.learning_rate,
@@ -68,27 +65,11 @@ def training_arguments(plan: Plan, steps: int, folder: Path, deepspeed: dict[str
     )
 
 
-def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """`model` with the recipe's adapter around its layers, initialised by the recipe's seed."""
-    set_seed(recipe.seed)
-    config = ConditionedConfig(
-        method=recipe.method,
-        r=recipe.rank,
-        alpha=recipe.alpha,
-        dropout=recipe.dropout,
-        rotation_rank=recipe.rotation_rank,
-        rotation=recipe.rotation,
-        rotation_scale=recipe.rotation_scale,
-        target_modules=list(recipe.target_modules),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
-
-
 def build_trainer(
-    model: PeftModel,
+    model: nn.Module,
     arguments: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
     data: Prepared,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
@@ -98,24 +79,10 @@ def build_trainer(
         args=arguments,
         train_dataset=Subset(data.training, data.order),
         eval_dataset=data.validation,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED),
-        compute_metrics=_validation_loss,
-        preprocess_logits_for_metrics=_token_losses,
+        data_collator=objective.collator(tokenizer),
+        compute_loss_func=objective.loss,
+        compute_metrics=objective.metrics,
+        preprocess_logits_for_metrics=objective.reduce,
+        optimizers=(optimiser(model, objective.recipe), None),
         callbacks=callbacks,
     )
-
-
-def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(samples, 2): of each sample the sum of its tokens' losses and their number, in place of its logits."""
-    targets = labels[:, 1:]
-    losses = functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
-    return torch.stack([losses.sum(1), targets.ne(IGNORED).sum(1)], dim=1)
-
-
-def _validation_loss(prediction: EvalPrediction) -> dict[str, float]:
-    """The mean loss over all tokens. It takes the place of the Trainer's mean of batch means, which depends on how the
-    samples happened to be batched."""
-    total, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-    return {"loss": total / tokens}

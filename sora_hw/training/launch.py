@@ -1,0 +1,54 @@
+"""From the command line of a launcher to a dry run, a run or a sweep."""
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from types import ModuleType
+
+from rich.console import Console
+
+from sora_hw.errors import UserError
+from sora_hw.training.arguments import parse
+from sora_hw.training.dry_run import show_plan
+from sora_hw.training.environment import rank
+from sora_hw.training.plan import make_plan
+from sora_hw.training.ranks import leave, silence
+from sora_hw.training.run import announce, check, train
+from sora_hw.training.sweep import sweep
+from sora_hw.versions import check_versions
+
+USER_ERROR = 2
+RANK_0_SPEAKS_FIRST = 20  # seconds
+
+
+def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
+    """Run the launcher of the recipes in `module`; its exit code: 0, or 2 for an error of the user's."""
+    silence()
+    try:
+        launch(module, argv)
+    except UserError as error:
+        if rank() > 0:  # every rank finds the same error; DeepSpeed's launcher ends this one when rank 0 has told it
+            time.sleep(RANK_0_SPEAKS_FIRST)
+        print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def launch(module: ModuleType, argv: Sequence[str] | None) -> None:
+    """Do what the command line asks for. Nothing is created before everything has been checked."""
+    request = parse(module, argv)
+    check_versions()
+    console = Console(quiet=rank() > 0, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if request.sweep:
+        sweep(request, module, console)
+        leave()
+        return
+    plan = make_plan(request, module)
+    if request.dry_run:
+        show_plan(request, plan, console)
+        return
+    job = check(request, plan)
+    announce(job, console)
+    train(job, console)
+    leave()

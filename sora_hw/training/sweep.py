@@ -1,0 +1,123 @@
+"""The paper's grid: one run for each learning rate, seed and rank, each in a folder of its own, and what came of them.
+
+A sweep that is started again goes on where it stopped: a finished run is not repeated, an interrupted one resumes.
+"""
+
+import gc
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from sora_hw.devices.cpu import CPU
+from sora_hw.recipes.recipe import Grid, Recipe
+from sora_hw.training.arguments import NEWEST, Request, paper_recipe
+from sora_hw.training.plan import make_plan
+from sora_hw.training.run import Diverged, announce, check, train
+from sora_hw.training.run_folder import MANIFEST, RUNS
+from sora_hw.training.sweep_report import Outcome, best_learning_rate, report
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: what it changes in the recipe."""
+
+    rank: int
+    learning_rate: float
+    seed: int
+    validation_size: int
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder. A run on all records stands beside those that held some out."""
+        name = f"rank={self.rank} lr={self.learning_rate:g} seed={self.seed}".replace(" ", "-")
+        return name if self.validation_size else f"{name}-all-records"
+
+
+def sweep(request: Request, module: ModuleType, console: Console) -> None:
+    """Run the grid of the recipes in `module`; values that the command line gives stay fixed.
+
+    Where several learning rates are to choose from, records are held out and the best mean over the seeds decides; a
+    recipe that trains on all records is then run on all of them, with the best alone.
+    """
+    recipe = make_plan(request, module).recipe
+    folder = request.output or RUNS / f"{recipe.name}-{recipe.method}-sweep"
+    grid = _grid(request, module, recipe)
+    choosing = len(grid.learning_rates) > 1
+    size = grid.validation_size if choosing and not recipe.validation_size else recipe.validation_size
+    outcomes = []
+    for rank in grid.ranks:
+        points = [Point(rank, rate, seed, size) for rate in grid.learning_rates for seed in grid.seeds]
+        tried = [_run(point, request, module, folder, console) for point in points]
+        if size != recipe.validation_size:
+            best = best_learning_rate(tried)
+            points = [Point(rank, best, seed, recipe.validation_size) for seed in grid.seeds]
+            tried += [_run(point, request, module, folder, console) for point in points]
+        outcomes += tried
+        if _is_main():
+            report(recipe, outcomes, folder, console)
+
+
+def _grid(request: Request, module: ModuleType, recipe: Recipe) -> Grid:
+    """The paper's grid, narrowed to what the command line gives, and to one learning rate on the embedded model, for
+    which the paper has none."""
+    given = request.recipe
+    grid = module.grid(given["task"]) if "task" in given else module.grid()
+    papers = recipe.learning_rate == paper_recipe(module, given).learning_rate
+    if "learning_rate" in given or not papers:
+        grid = replace(grid, learning_rates=(recipe.learning_rate,))
+    if "seed" in given:
+        grid = replace(grid, seeds=(recipe.seed,))
+    if "rank" in given or not recipe.low_rank:
+        grid = replace(grid, ranks=(recipe.rank,))
+    return grid
+
+
+def _run(point: Point, request: Request, module: ModuleType, folder: Path, console: Console) -> Outcome:
+    """The outcome of one run, which is made unless it lies there."""
+    path = folder / point.folder
+    changes = {"rank": point.rank, "learning_rate": point.learning_rate, "seed": point.seed}
+    changes["validation_size"] = point.validation_size
+    request = replace(
+        request, sweep=False, resume=NEWEST, output=path, recipe={**request.recipe, **changes}, overwrite=False
+    )
+    job = check(request, make_plan(request, module))  # also refuses a folder that holds another run
+    if _status(path) not in ("finished", "diverged"):
+        console.print(f"\n{path}")
+        announce(job, console)
+        try:
+            train(job, console)
+        except Diverged as error:
+            console.print(f"{error}")
+        _forget()
+    else:
+        console.print(f"{path}: {_status(path)} before")
+    return Outcome(point.rank, point.learning_rate, point.seed, point.validation_size, path, _results(path))
+
+
+def _status(path: Path) -> str | None:
+    try:
+        return json.loads((path / MANIFEST).read_text())["status"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _results(path: Path) -> dict[str, object] | None:
+    """What run.json says of a finished run; None of one that has diverged."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    return manifest.get("results")
+
+
+def _forget() -> None:
+    """Give the memory of a run back before the next one."""
+    gc.collect()
+    if torch.accelerator.is_available() and torch.accelerator.current_accelerator().type != CPU.type:
+        torch.accelerator.empty_cache()
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
