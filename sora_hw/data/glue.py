@@ -71,7 +71,7 @@ def _record(row: Row, task: GlueTask) -> SentenceRecord:
     in_pair = len(task.columns) == 2 and task.columns[0] not in row.values and PAIR[0] in row.values
     columns = PAIR if in_pair else task.columns
     texts = [row.text(column) for column in columns]
-    if not any(text.strip() for text in texts):  # one of a pair may be: an empty question is a question to QQP
+    if not any(text.strip() for text in texts):  # one of a pair may be empty: that is still a pair
         raise row.error(f'"{columns[0]}" is empty')
     first, second = texts if len(texts) == 2 else (*texts, None)
     return SentenceRecord(first, second, _label(row, task), row.id)

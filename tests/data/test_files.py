@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import os
 import random
 import subprocess
 import sys
@@ -249,13 +250,13 @@ def test_a_split_without_rows_is_named(monkeypatch):
 
 
 def test_a_data_set_that_the_hub_cannot_give():
-    """The project's tests run without the hub (HF_HUB_OFFLINE), as most compute nodes do."""
     program = (
         "from sora_hw.data.files import read_rows\n"
         "from sora_hw.errors import DataError\n"
         "try:\n    read_rows(['nobody/no-data.v2'])\nexcept DataError as error:\n    print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     (line,) = done.stdout.splitlines()
     assert line.startswith("nobody/no-data.v2: no such file, and the hub cannot give it as a data set (")
     assert "name a local file with --train-data" in line
