@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -61,8 +60,8 @@ class Row:
 
     def lacks(self, column: str) -> DataError:
         """The error to raise when there is no `column`."""
-        first_line = any(kind in self.source.lower() for kind in (".csv", ".tsv"))
-        hint = "; the first line of the file must name the columns" if first_line else ""
+        has_header = self.source.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+        hint = "; the first line of the file must name the columns" if has_header else ""
         return self.error(f'the record lacks the field "{column}"{hint}')
 
     def error(self, problem: str) -> DataError:
@@ -196,7 +195,10 @@ def _delimited(file: BinaryIO, path: Path, dialect: str) -> Numbered:
     _check_names(header, f"{path}: line {line}: the header")
     for line, cells in cells_of_lines:
         if len(cells) != len(header):
-            raise DataError(f"{path}: line {line}: {len(cells)} cells under a header of {len(header)} columns")
+            raise DataError(
+                f"{path}: line {line}: {len(cells)} cells under a header of {len(header)} columns; "
+                "a cell with the separator in it must stand in quotes"
+            )
         yield line, f"line {line}", dict(zip(header, cells, strict=True))
 
 
@@ -226,7 +228,7 @@ def _check_names(names: Sequence[str], where: str) -> None:
         if not name.strip():
             raise DataError(f"{where} does not name column {position + 1}")
         if name in names[:position]:
-            raise DataError(f"{where} names two columns {name!r}")
+            raise DataError(f"{where} names two columns {shown(name)}")
 
 
 def _parquet(file: BinaryIO, path: Path) -> Numbered:
@@ -252,7 +254,7 @@ def _values(batch: "pyarrow.RecordBatch") -> Iterator[dict[str, object]]:
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # once more, up to the row that it is about
-        for row in count():
+        for row in range(batch.num_rows):
             yield from batch.slice(row, 1).to_pylist()
 
 
@@ -273,6 +275,12 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def shown(value: object) -> str:
+    """`value` on one line, and no longer than a message can bear."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _kind(value: object) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from sora_hw.data.files import Row, read_rows
+from sora_hw.data.files import Row, read_rows, shown
 
 HIGHEST_SCORE = 5.0  # STS-B rates the similarity of two sentences from 0 to this
 PAIR = ("sentence1", "sentence2")
@@ -71,7 +71,7 @@ def _record(row: Row, task: GlueTask) -> SentenceRecord:
     in_pair = len(task.columns) == 2 and task.columns[0] not in row.values and PAIR[0] in row.values
     columns = PAIR if in_pair else task.columns
     texts = [row.text(column) for column in columns]
-    if not any(text.strip() for text in texts):  # one of a pair may be: an empty question is a question to QQP
+    if not any(text.strip() for text in texts):  # one of a pair may be empty: that is still a pair
         raise row.error(f'"{columns[0]}" is empty')
     first, second = texts if len(texts) == 2 else (*texts, None)
     return SentenceRecord(first, second, _label(row, task), row.id)
@@ -86,11 +86,11 @@ def _label(row: Row, task: GlueTask) -> int | float:
         raise row.error('"label" is -1: the row has no label, as in the test split on the hub; use another split')
     if task.labels == 1:
         if number is None or not 0 <= number <= HIGHEST_SCORE:
-            raise row.error(f'"label" must be a number from 0 to {HIGHEST_SCORE:g}, not {_shown(value)}')
+            raise row.error(f'"label" must be a number from 0 to {HIGHEST_SCORE:g}, not {shown(value)}')
         return float(number)
     if not isinstance(number, int) or not 0 <= number < task.labels:
         allowed = " or ".join(map(str, range(task.labels)))
-        raise row.error(f'"label" must be {allowed}, not {_shown(value)}')
+        raise row.error(f'"label" must be {allowed}, not {shown(value)}')
     return number
 
 
@@ -98,8 +98,9 @@ def _number(value: object) -> int | float | None:
     """The finite number that `value` is or spells, None where it is none; true and false are none."""
     if isinstance(value, str):
         value = _spelled(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _spelled(text: str) -> int | float | None:
@@ -109,9 +110,3 @@ def _spelled(text: str) -> int | float | None:
         except ValueError:
             continue
     return None
-
-
-def _shown(value: object) -> str:
-    """`value` on one line, and no longer than a message can bear."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

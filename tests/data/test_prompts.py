@@ -1,7 +1,12 @@
 """The prompts equal LLM-Adapters' templates, written out here with every space visible."""
 
+import gzip
+import json
+
+import pytest
+
 from sora_hw.data.prompts import prompt, training_text
-from sora_hw.data.records import Record
+from sora_hw.data.records import Record, read_records
 
 S = " "
 PLAIN = Record("Is ice cold?", "", "the correct answer is true", "true")
@@ -41,3 +46,18 @@ def test_with_input():
 
 def test_the_training_text_ends_with_the_output():
     assert training_text(PLAIN) == prompt(PLAIN, for_training=True) + "the correct answer is true"
+
+
+@pytest.mark.shared_data
+def test_a_real_file_of_math(shared_data):
+    path = shared_data / "math" / "math_demo.train.jsonl.gz"
+    items = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    records = read_records([path])
+    assert len(records) == len(items) == 1500
+    opening = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+    for record, item in zip(records, items, strict=True):
+        assert (record.id, record.answer, item["input"]) == (item["id"], item["answer"], "")
+        blocks = ("### Instruction:", item["instruction"], "", "### Response:", item["output"])
+        assert training_text(record) == f"{opening}{S * 2}\n\n" + "\n".join(S * 16 + block for block in blocks)

@@ -3,7 +3,9 @@
 import gzip
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from sora_hw.data.records import Record, read_records
 from sora_hw.errors import DataError
@@ -42,6 +44,89 @@ def test_a_missing_input_is_empty_and_a_byte_order_mark_is_skipped(tmp_path):
     assert read_records([path])[0].input == ""
 
 
+def test_a_null_input_is_empty(tmp_path):
+    assert read_records([write(tmp_path, "a.jsonl", json.dumps({**GOOD, "input": None}))])[0].input == ""
+
+
+def test_every_kind_of_table_gives_the_same_records(tmp_path):
+    columns = {"instruction": ["Is ice cold?", "1 + 1?"], "output": ["It is.", "2"], "answer": ["true", "2"]}
+    wanted = [("Is ice cold?", "", "It is.", "true"), ("1 + 1?", "", "2", "2")]
+    rows = [list(columns), *zip(*columns.values(), strict=True)]
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({**columns, "input": [None, ""]}), tmp_path / "input.parquet")
+    write(tmp_path, "a.csv", "\n".join(map(",".join, rows)))
+    write(tmp_path, "a.tsv.gz", "\r\n".join(map("\t".join, rows)))
+    for name, first in (("a.parquet", 1), ("input.parquet", 1), ("a.csv", 2), ("a.tsv.gz", 2)):
+        records = read_records([tmp_path / name])
+        assert [(record.instruction, record.input, record.output, record.answer) for record in records] == wanted
+        assert [record.id for record in records] == [f"{name}:{first}", f"{name}:{first + 1}"]
+
+
+def test_numbers_in_a_typed_table_are_text(tmp_path):
+    table = {"id": [0, 7], "instruction": ["2?", "1.5?"], "output": [2, 3], "answer": [2.0, 1.5]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    assert read_records([tmp_path / "a.parquet"]) == [
+        Record("2?", "", "2", "2.0", "0"),
+        Record("1.5?", "", "3", "1.5", "7"),
+    ]
+
+
+METAMATH = {
+    "type": "GSM_Rephrased",
+    "query": "What is 3 + 4?",
+    "original_question": "What is four and three?",
+    "response": "The answer is: not given. It is $3 + 4 = 7$.\n#### 7\nThe answer is: 7 \n",
+}
+
+
+def test_metamaths_columns(tmp_path):
+    path = write(tmp_path, "a.json", json.dumps([METAMATH, METAMATH | {"response": "The answer is:\\frac{1}{2}"}]))
+    assert read_records([path]) == [
+        Record("What is 3 + 4?", "", METAMATH["response"], "7", "a.json:1"),
+        Record("What is 3 + 4?", "", "The answer is:\\frac{1}{2}", "\\frac{1}{2}", "a.json:2"),
+    ]
+
+
+def test_a_record_with_an_instruction_is_not_metamaths(tmp_path):
+    assert read_records([write(tmp_path, "a.jsonl", json.dumps(GOOD | METAMATH | {"id": "q/7"}))]) == [WANTED]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response": "It is 7."}, '"response" must end with "The answer is:" and the answer'),
+        ({"response": "The answer is: 7. The answer is: \n"}, '"response" must end with "The answer is:"'),
+        ({"response": " "}, '"response" is empty'),
+        ({"query": ""}, '"query" is empty'),
+        ({"query": None}, '"query" must be text, not null'),
+        ({"response": 7}, '"response" must be text, not a number'),
+    ],
+)
+def test_malformed_metamath_rows_are_named(tmp_path, change, message):
+    path = write(tmp_path, "a.jsonl", json.dumps(METAMATH) + "\n" + json.dumps(METAMATH | change))
+    with pytest.raises(DataError, match=f"a.jsonl: line 2: {message}"):
+        read_records([path])
+    lacking = {name: text for name, text in METAMATH.items() if name != "response"}
+    with pytest.raises(DataError, match='line 1: the record lacks the field "response"'):
+        read_records([write(tmp_path, "b.jsonl", json.dumps(lacking))])
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list([METAMATH, METAMATH | {"query": "And again?"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    records = read_records(["meta-math/MetaMathQA"])
+    assert [(record.instruction, record.answer) for record in records] == [("What is 3 + 4?", "7"), ("And again?", "7")]
+    assert [record.id for record in records] == ["meta-math/MetaMathQA:1", "meta-math/MetaMathQA:2"]
+    assert asked == [(("meta-math/MetaMathQA", None), {"split": "train"})]
+
+
 GOOD_LINE = json.dumps(GOOD) + "\n"
 BROKEN = {
     "empty.jsonl": ("", "empty.jsonl: the file holds no records"),
@@ -65,6 +150,7 @@ BROKEN = {
     "no_question.jsonl": (json.dumps({"output": "a", "answer": "b"}), 'lacks the field "instruction"'),
     "type.jsonl": (json.dumps({**GOOD, "answer": 3}), '"answer" must be text, not a number'),
     "null.jsonl": (json.dumps({**GOOD, "output": None}), '"output" must be text, not null'),
+    "list_input.jsonl": (json.dumps({**GOOD, "input": []}), '"input" must be text, not a list'),
     "bare.jsonl": (json.dumps({**GOOD, "output": " "}), '"output" is empty'),
     "surrogate.jsonl": (json.dumps({**GOOD, "output": "\ud800"}), "surrogate"),
     "deep.json": ("[" * 100_000, "line 1: .*nested"),
