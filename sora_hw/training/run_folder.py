@@ -40,6 +40,11 @@ class RunFolder:
             for entry in _traces(self.path):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
+    def drop_checkpoints(self) -> None:
+        """Delete them: a finished run goes on from none, and each is larger than what was trained."""
+        for checkpoint in _checkpoints(self.path):
+            shutil.rmtree(checkpoint)
+
     def write_manifest(self, manifest: Mapping[str, object]) -> None:
         """Write run.json whole or not at all."""
         aside = self.path / f"{MANIFEST}.part"

@@ -91,6 +91,8 @@ def _run(point: Point, request: Request, module: ModuleType, folder: Path, conso
         announce(job, console)
         try:
             train(job, console)
+            if _is_main():
+                job.folder.drop_checkpoints()
         except Diverged as error:
             console.print(f"{error}")
         _forget()
