@@ -90,4 +90,5 @@ CUDA = CudaDevice(
     communication_backend="nccl",
     deepspeed_accelerator="cuda",
     dtypes=("float32", "bfloat16", "float16"),
+    exported_prefixes=("NCCL",),
 )

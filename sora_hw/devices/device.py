@@ -40,6 +40,7 @@ class Device(ABC):
         deepspeed_accelerator: the value of `DS_ACCELERATOR`, which must stand before deepspeed is imported.
         dtypes: the names of the floating dtypes that training may use.
         environment: variables that must stand before the device is first used, unless the user has set them.
+        exported_prefixes: how variables begin that DeepSpeed's launcher carries to other machines for this device.
     """
 
     type: str
@@ -48,6 +49,7 @@ class Device(ABC):
     deepspeed_accelerator: str
     dtypes: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    exported_prefixes: tuple[str, ...] = ()
 
     @abstractmethod
     def checks(self) -> Iterator[Check]:

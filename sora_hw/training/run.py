@@ -26,9 +26,10 @@ from sora_hw.training.base_model import (
     load_tokenizer,
 )
 from sora_hw.training.callbacks import Clock, EngineCheck, LastLoss, ProgressBar
-from sora_hw.training.deepspeed_config import deepspeed_config
+from sora_hw.training.deepspeed_config import check_loaded, deepspeed_config
 from sora_hw.training.demo import score_demo
-from sora_hw.training.environment import rank
+from sora_hw.training.environment import rank, rank_here
+from sora_hw.training.machines import agree, common_facts, where
 from sora_hw.training.plan import Plan, make_plan
 from sora_hw.training.prepare import Prepared, prepare
 from sora_hw.training.ranks import silence, start
@@ -39,7 +40,7 @@ from sora_hw.training.trainer import add_adapter, build_trainer, training_argume
 from sora_hw.versions import check_versions
 
 USER_ERROR = 2
-RANK_0_SPEAKS_FIRST = 20  # seconds
+FIRST_RANK_SPEAKS = 20  # seconds
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     try:
         run(module, argv)
     except UserError as error:
-        if rank() > 0:  # every rank finds the same error; DeepSpeed's launcher ends this one when rank 0 has told it
-            time.sleep(RANK_0_SPEAKS_FIRST)
+        if rank_here() > 0:  # every rank finds the same error; the launcher ends this one when the first has told it
+            time.sleep(FIRST_RANK_SPEAKS)
         print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
         return USER_ERROR
     return 0
@@ -130,11 +131,15 @@ def announce(job: Job, console: Console) -> None:
 def train(job: Job, console: Console) -> None:
     """Train on all ranks, and leave adapter, curve and run.json in the job's folder."""
     settings = start(job.plan)
+    known = facts(job.plan.device)
+    machines = agree(common_facts(known["versions"], known["git_commit"], job.plan, job.data, job.folder.checkpoint))
+    if len(machines) > 1:
+        console.print(where(machines))
     main_rank = dist.get_rank() == 0
     global_batch = job.plan.recipe.global_batch
     clock = Clock(job.data.tokens_of_steps(global_batch), len(job.data.training), global_batch)
     trainer = make_trainer(job, clock, console)
-    manifest = {**facts(job.plan.device), **job.as_dict(), "argv": list(job.request.argv)}
+    manifest = {**known, **job.as_dict(), "argv": list(job.request.argv), "machines": machines}
     manifest |= {"environment": settings.environment, "device_settings": settings.device}
     manifest |= {"fingerprint": job.fingerprint, "resumed_from": str(job.folder.checkpoint or "") or None}
     if main_rank:
@@ -161,7 +166,9 @@ def train(job: Job, console: Console) -> None:
 def make_trainer(job: Job, clock: Clock, console: Console) -> Trainer:
     """The model with its adapter in a Trainer; the order matters, see `training_arguments`."""
     arguments = training_arguments(job.plan, job.data.steps, job.folder.path, job.deepspeed)
-    model = add_adapter(load_model(job.base, job.plan.profile.dtype), job.plan.recipe)
+    base = load_model(job.base, job.plan.profile.dtype)
+    check_loaded(base, job.plan)
+    model = add_adapter(base, job.plan.recipe)
     callbacks = [clock, LastLoss()] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
     trainer = build_trainer(model, arguments, job.tokenizer, job.data, callbacks)
     trainer.remove_callback(PrinterCallback)

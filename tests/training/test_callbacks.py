@@ -57,18 +57,19 @@ def test_durations():
     assert [duration(seconds) for seconds in (0, 59.6, 3599, 3723)] == ["0:00", "1:00", "59:59", "1:02:03"]
 
 
-def engine(stage=2, batch=8, accumulation=2, parameters=()):
+def engine(stage=2, batch=8, accumulation=2, bf16=False, parameters=(torch.nn.Parameter(torch.zeros(4)),)):
     return SimpleNamespace(
         zero_optimization_stage=lambda: stage,
         train_batch_size=lambda: batch,
         gradient_accumulation_steps=lambda: accumulation,
+        bfloat16_enabled=lambda: bf16,
         module=SimpleNamespace(parameters=lambda: iter(parameters)),
     )
 
 
 def plan(stage=2):
     batch = SimpleNamespace(global_batch=8, accumulation=2, world_size=2)
-    return SimpleNamespace(batch=batch, profile=SimpleNamespace(zero_stage=stage), device=CPU)
+    return SimpleNamespace(batch=batch, profile=SimpleNamespace(zero_stage=stage, dtype="float32"), device=CPU)
 
 
 def test_the_start_up_check_notices_what_goes_wrong_silently(monkeypatch):
