@@ -45,7 +45,7 @@ def check_engine(engine, plan: Plan) -> None:
 
     Raises UserError for another number of ranks, a missing engine, another ZeRO stage or batch, bfloat16 where float32
     is planned or the reverse, parameters of another dtype or on another device, and under ZeRO-3 for a base model that
-    every rank holds whole.
+    every rank holds whole, or an adapter that it does not.
     """
     world_size = dist.get_world_size()
     if world_size != plan.batch.world_size:
@@ -71,6 +71,11 @@ def check_engine(engine, plan: Plan) -> None:
         )
     if plan.profile.zero_stage == 3 and world_size > 1 and not any(map(_is_sharded, engine.module.parameters())):
         raise UserError("ZeRO-3 shards nothing: every rank holds the whole model; use --zero-stage 2 if that is fine")
+    if not all(p.ds_persist for p in engine.module.parameters() if p.requires_grad and hasattr(p, "ds_persist")):
+        raise UserError(
+            "ZeRO-3 gathers the adapter's tensors one by one in every layer, which is slow; install the versions that "
+            "`sora-hw doctor` shows, or use --zero-stage 2"
+        )
 
 
 def _is_sharded(parameter) -> bool:
