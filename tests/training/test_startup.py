@@ -141,7 +141,7 @@ class TestTheProcesses:
         assert fsdp.losses == alone.losses
 
     def test_an_accelerator_that_the_environment_names_does_not_decide(self, tmp_path, arguments, alone, train):
-        """DS_ACCELERATOR must be right before anything imports deepspeed; the run, not the shell, knows what is right."""
+        """DS_ACCELERATOR must be right before deepspeed is imported; the run, not the shell, knows what is right."""
         other = train(tmp_path / "out", 0, *arguments, backend="auto", DS_ACCELERATOR="cuda")
         assert other.manifest["device"] == "cpu" and other.losses == alone.losses
 
