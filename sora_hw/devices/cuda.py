@@ -92,4 +92,5 @@ CUDA = CudaDevice(
     dtypes=("float32", "bfloat16", "float16"),
     has_fused_loss=True,
     has_four_bit=True,
+    exported_prefixes=("NCCL",),
 )

@@ -42,6 +42,7 @@ class Device(ABC):
         environment: variables that must stand before the device is first used, unless the user has set them.
         has_fused_loss: whether Liger's fused linear cross-entropy runs on it.
         has_four_bit: whether bitsandbytes holds weights in 4 bits on it.
+        exported_prefixes: how variables begin that DeepSpeed's launcher carries to other machines for this device.
     """
 
     type: str
@@ -52,6 +53,7 @@ class Device(ABC):
     environment: Mapping[str, str] = field(default_factory=dict)
     has_fused_loss: bool = False
     has_four_bit: bool = False
+    exported_prefixes: tuple[str, ...] = ()
 
     @abstractmethod
     def checks(self) -> Iterator[Check]:

@@ -254,4 +254,5 @@ NPU = NpuDevice(
         "HCCL_CONNECT_TIMEOUT": "1800",
         "INF_NAN_MODE_ENABLE": "1",
     },
+    exported_prefixes=("ASCEND", "HCCL", "LD_LIBRARY", "PATH"),
 )

@@ -1,6 +1,7 @@
 """DeepSpeed's configuration for a plan, and the proof after start-up that it is in force."""
 
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from sora_hw.devices.cpu import CPU
 from sora_hw.errors import UserError
@@ -34,11 +35,22 @@ def deepspeed_config(plan: Plan, largest_tensor: int | None) -> dict[str, object
     }
 
 
+def check_loaded(model: PreTrainedModel, plan: Plan) -> None:
+    """Assert that ZeRO-3 has loaded the model in shards.
+
+    Where it has not, DeepSpeed shards the model later, without a word: after every rank has held all of it, for which
+    one device may be too small. Raises UserError.
+    """
+    if plan.profile.zero_stage == 3 and plan.batch.world_size > 1 and not any(map(_is_sharded, model.parameters())):
+        raise UserError("ZeRO-3 has not sharded the model while it was loaded; use --zero-stage 2 if it fits a device")
+
+
 def check_engine(engine, plan: Plan) -> None:
     """Assert that DeepSpeed trains as planned: each of these has been seen to go wrong without a word.
 
-    Raises UserError for another number of ranks, a missing engine, another ZeRO stage or batch, a parameter on another
-    device, and under ZeRO-3 for a base model that every rank holds whole.
+    Raises UserError for another number of ranks, a missing engine, another ZeRO stage or batch, bfloat16 where float32
+    is planned or the reverse, parameters of another dtype or on another device, and under ZeRO-3 for a base model that
+    every rank holds whole, or an adapter that it does not.
     """
     world_size = dist.get_world_size()
     if world_size != plan.batch.world_size:
@@ -49,6 +61,13 @@ def check_engine(engine, plan: Plan) -> None:
     wanted = plan.profile.zero_stage, plan.batch.global_batch, plan.batch.accumulation
     if found != wanted:
         raise UserError(f"DeepSpeed runs with (ZeRO stage, global batch, accumulation) = {found} instead of {wanted}")
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in engine.module.parameters()}
+    if dtypes != {plan.profile.dtype} or engine.bfloat16_enabled() != (plan.profile.dtype == "bfloat16"):
+        raise UserError(
+            f"the model trains in {' and '.join(sorted(dtypes))}, DeepSpeed's bf16 being "
+            f"{'on' if engine.bfloat16_enabled() else 'off'}, instead of {plan.profile.dtype}; install the versions "
+            "that `sora-hw doctor` shows"
+        )
     elsewhere = {p.device.type for p in engine.module.parameters()} - {plan.device.type}
     if elsewhere:
         raise UserError(
@@ -57,6 +76,11 @@ def check_engine(engine, plan: Plan) -> None:
         )
     if plan.profile.zero_stage == 3 and world_size > 1 and not any(map(_is_sharded, engine.module.parameters())):
         raise UserError("ZeRO-3 shards nothing: every rank holds the whole model; use --zero-stage 2 if that is fine")
+    if not all(p.ds_persist for p in engine.module.parameters() if p.requires_grad and hasattr(p, "ds_persist")):
+        raise UserError(
+            "ZeRO-3 gathers the adapter's tensors one by one in every layer, which is slow; install the versions that "
+            "`sora-hw doctor` shows, or use --zero-stage 2"
+        )
 
 
 def _is_sharded(parameter) -> bool:

@@ -11,7 +11,7 @@ from rich.console import Console
 from sora_hw.errors import UserError
 from sora_hw.training.arguments import parse
 from sora_hw.training.dry_run import show_plan
-from sora_hw.training.environment import rank
+from sora_hw.training.environment import rank, rank_here
 from sora_hw.training.plan import make_plan
 from sora_hw.training.ranks import leave, silence
 from sora_hw.training.run import announce, check, train
@@ -19,7 +19,7 @@ from sora_hw.training.sweep import sweep
 from sora_hw.versions import check_versions
 
 USER_ERROR = 2
-RANK_0_SPEAKS_FIRST = 20  # seconds
+FIRST_RANK_SPEAKS = 20  # seconds
 
 
 def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
@@ -28,8 +28,8 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     try:
         launch(module, argv)
     except UserError as error:
-        if rank() > 0:  # every rank finds the same error; DeepSpeed's launcher ends this one when rank 0 has told it
-            time.sleep(RANK_0_SPEAKS_FIRST)
+        if rank_here() > 0:  # every rank finds the same error; the launcher ends this one when the first has told it
+            time.sleep(FIRST_RANK_SPEAKS)
         print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
         return USER_ERROR
     return 0

@@ -12,8 +12,9 @@ from sora_hw.recipes.recipe import EMBEDDED
 from sora_hw.training.arguments import Request
 from sora_hw.training.base_model import BaseModel, check_model, check_tokens, find, load_model, load_tokenizer
 from sora_hw.training.callbacks import Clock, EngineCheck, LastLoss, ProgressBar
-from sora_hw.training.deepspeed_config import deepspeed_config
+from sora_hw.training.deepspeed_config import check_loaded, deepspeed_config
 from sora_hw.training.demo import score_demo
+from sora_hw.training.machines import agree, common_facts, where
 from sora_hw.training.methods import add_method
 from sora_hw.training.objectives import Objective, objective_of
 from sora_hw.training.plan import Plan
@@ -96,11 +97,15 @@ def train(job: Job, console: Console) -> None:
     Raises Diverged, on every rank, when the loss is not finite any more; run.json then says so.
     """
     settings = start(job.plan)
+    known = facts(job.plan.device)
+    machines = agree(common_facts(known["versions"], known["git_commit"], job.plan, job.data, job.folder.checkpoint))
+    if len(machines) > 1:
+        console.print(where(machines))
     main_rank = dist.get_rank() == 0
     global_batch = job.plan.recipe.global_batch
     clock = Clock(job.data.tokens_of_steps(global_batch), len(job.data.training), global_batch)
     trainer = make_trainer(job, clock, console)
-    manifest = {**facts(job.plan.device), **job.as_dict(), "argv": list(job.request.argv)}
+    manifest = {**known, **job.as_dict(), "argv": list(job.request.argv), "machines": machines}
     manifest |= {"environment": settings.environment, "device_settings": settings.device}
     manifest |= {"fingerprint": job.fingerprint, "resumed_from": str(job.folder.checkpoint or "") or None}
     if main_rank:
@@ -127,7 +132,9 @@ def make_trainer(job: Job, clock: Clock, console: Console) -> Trainer:
     """The model with its adapter in a Trainer; the order matters, see `training_arguments`."""
     arguments = training_arguments(job.plan, job.data.steps, job.folder.path, job.deepspeed)
     set_seed(job.plan.recipe.seed)  # a head that the base model lacks is drawn while it is loaded
-    model = add_method(load_model(job.base, job.plan.profile), job.plan.recipe, job.objective.task_type)
+    base = load_model(job.base, job.plan.profile)
+    check_loaded(base, job.plan)
+    model = add_method(base, job.plan.recipe, job.objective.task_type)
     callbacks = [clock, LastLoss()] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
     trainer = build_trainer(model, arguments, job.tokenizer, job.objective, job.data, callbacks)
     trainer.remove_callback(PrinterCallback)
