@@ -187,8 +187,10 @@ def _track(build: Callable[[int], nn.Module], layers: int, step: Step) -> _Track
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     packed = _packed_weights(model) if step.four_bit else []
     _mark(frozen if step.zero_stage == 3 else [], packed)
-    frozen_bytes = storage_bytes(frozen) + storage_bytes(model.buffers()) - round(
-        sum(weight.numel() * (weight.itemsize - NF4_BYTES) for weight in packed)
+    frozen_bytes = (
+        storage_bytes(frozen)
+        + storage_bytes(model.buffers())
+        - round(sum(weight.numel() * (weight.itemsize - NF4_BYTES) for weight in packed))
     )
     peaks = _two_micro_batches(model, transformer, layers, step)
     return _Track(
