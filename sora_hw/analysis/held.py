@@ -83,7 +83,7 @@ class Held:
 
     @property
     def gathered(self) -> int:
-        """ZeRO-3's parameters that are whole for the moment: as many as DeepSpeed lets live, which is an upper bound."""
+        """ZeRO-3's parameters that are whole for the moment: as many as DeepSpeed lets live, an upper bound."""
         if self.zero_stage < 3:
             return 0
         sharded = self.frozen_bytes or self.trained * self.bytes

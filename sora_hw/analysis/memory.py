@@ -209,7 +209,9 @@ def _two_micro_batches(model: nn.Module, transformer: PreTrainedModel, layers: i
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     inputs = _inputs(transformer, head, step)
-    tracker = Tracker([*model.parameters(), *model.buffers(), *inputs.values()], head and head.out_features)
+    tracker = Tracker(
+        [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, inputs.values())], head and head.out_features
+    )
     if step.fused_loss and head is not None:
         transformer.set_output_embeddings(FusedLossHead(head))
     _watch_layers(model, layers, tracker)
@@ -230,11 +232,12 @@ def _loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _inputs(transformer: PreTrainedModel, head: nn.Module | None, step: Step) -> dict[str, Tensor | bool]:
-    """A micro-batch. The fused head gives the loss in the place of the logits, and needs no labels."""
+    """A micro-batch, without the cache that the Trainer turns off, too. The fused head gives the loss in the place of the logits, and needs no labels."""
     tokens = torch.zeros(step.micro_batch, step.sequence_length, dtype=torch.long, device="meta")
-    if head is None:
-        return {"input_ids": tokens, "labels": tokens[:, 0]}
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    if head is None:  # a classifier
+        del inputs["use_cache"]
+        return inputs | {"labels": tokens[:, 0]}
     return inputs if step.fused_loss else inputs | {"labels": tokens}
 
 
