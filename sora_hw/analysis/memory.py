@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedModel
 
 from sora_hw.adapter.base_weight import in_backward
@@ -216,7 +217,7 @@ def _two_micro_batches(model: nn.Module, transformer: PreTrainedModel, layers: i
         transformer.set_output_embeddings(FusedLossHead(head))
     _watch_layers(model, layers, tracker)
     _watch_gradients(model, tracker, kept=step.zero_stage < 2)
-    with _quiet(), tracker:
+    with _as_planned(), tracker:
         for micro_batch in (0, 1):
             tracker.enter((micro_batch, FORWARD))
             _loss(model, inputs).backward()
@@ -232,7 +233,8 @@ def _loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _inputs(transformer: PreTrainedModel, head: nn.Module | None, step: Step) -> dict[str, Tensor | bool]:
-    """A micro-batch, without the cache that the Trainer turns off, too. The fused head gives the loss in the place of the logits, and needs no labels."""
+    """A micro-batch, without the cache, which the Trainer turns off. The fused head needs no labels: it gives the loss
+    in the place of the logits."""
     tokens = torch.zeros(step.micro_batch, step.sequence_length, dtype=torch.long, device="meta")
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
     if head is None:  # a classifier
@@ -298,8 +300,9 @@ def _watch_gradients(model: nn.Module, tracker: Tracker, kept: bool) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """What libraries say about the planned computation would be taken for a note on a real one."""
-    with warnings.catch_warnings():
+def _as_planned() -> Iterator[None]:
+    """What libraries say about the planned computation would be taken for a note on a real one. And a classifier looks
+    for the samples that have a label, which on the meta device are all of them."""
+    with warnings.catch_warnings(), fx_config.patch(meta_nonzero_assume_all_nonzero=True):
         warnings.simplefilter("ignore")
         yield
