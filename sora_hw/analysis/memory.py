@@ -5,7 +5,9 @@ micro-batches there: every storage is counted while it lives (`tracking`). What 
 two depths give the full one. What DeepSpeed holds beside it stands in `held`.
 
 Counted are tensors. Not counted: the allocator's fragmentation, workspaces of kernels and of communication, and what a
-device's runtime takes for itself (0.3 to 1 GiB on GPUs and NPUs).
+device's runtime takes for itself. On the processor glibc's malloc is such an allocator: it keeps freed blocks of up to
+32 MiB, and processes were seen with up to 70 % more than their tensors; with MALLOC_MMAP_THRESHOLD_=1048576 in their
+environment they hold what is planned, within 4 %.
 """
 
 from __future__ import annotations
