@@ -83,12 +83,12 @@ class Keeping:
 
     def keep(self, adapter_name: str, c: Tensor | None, parameters: Iterable[Tensor]) -> Keep:
         """What this forward pass keeps."""
-        if c is None or not (torch.is_grad_enabled() and c.requires_grad) or c.is_meta:
+        if c is None or not (torch.is_grad_enabled() and c.requires_grad):
             return "output"
         compiling = torch.compiler.is_compiling()
         if not (compiling or is_capturing()):
             # Between optimiser steps: values that were loaded, set by hand, or gathered anew from other ranks.
-            if self._seen.get(adapter_name) != tensor_states(parameters):
+            if not c.is_meta and self._seen.get(adapter_name) != tensor_states(parameters):
                 self.saw(adapter_name, _smallest(c).item(), parameters)
             self.learn()
         if self.has_small_scale[adapter_name]:

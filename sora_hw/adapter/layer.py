@@ -298,14 +298,17 @@ def _features(base: nn.Module) -> tuple[int, int]:
 def _without_autocast(device_type: str):
     """What runs within computes in the dtypes that it is given."""
     # To leave autocast where it is not on costs as much as the launch of several kernels.
-    on = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else nullcontext()
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
+
+
+def _autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch refuses to answer for meta
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """What the base layer multiplies in: autocast's dtype, or that of `x`."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(device) if _autocasts(device) else x.dtype
 
 
 def _product(x: Tensor, rows: Tensor, dropout: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

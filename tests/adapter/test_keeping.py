@@ -229,3 +229,15 @@ def test_nothing_is_looked_at_while_a_cuda_graph_is_captured(monkeypatch):
     monkeypatch.setattr(keeping, "is_capturing", lambda: True)
     monkeypatch.setattr(keeping, "_smallest", lambda c: pytest.fail("waits for the device"))
     steps(model, 2)
+
+
+def test_without_values_the_first_pass_watches_its_output_as_well(monkeypatch):
+    """On the meta device a scale cannot be looked at, but what is kept must be what a real pass keeps."""
+    kept = []
+    decide = keeping.Keeping.keep
+    monkeypatch.setattr(keeping.Keeping, "keep", lambda *args: kept.append(decide(*args)) or kept[-1])
+    with torch.device("meta"):
+        model = adapted("sora")
+        for _ in range(2):
+            model(torch.empty(5, 24, requires_grad=True)).sum().backward()
+    assert kept == ["inputs", "inputs", "output", "output"]
