@@ -15,7 +15,11 @@ from torch_npu import simulation
 import sora_hw
 from sora_hw import ops
 from sora_hw.conditioning import POST, PRE, PRESETS
-from sora_hw.training.base_model import EMBEDDED, find, load_model
+from sora_hw.hardware import PROFILES
+from sora_hw.recipes import commonsense
+from sora_hw.recipes.recipe import EMBEDDED
+from sora_hw.training.base_model import find, load_model
+from sora_hw.training.objectives import objective_of
 
 NPU = torch.device("npu", 0)
 IN, OUT, N = 24, 40, 17
@@ -128,7 +132,10 @@ def test_a_wrong_gradient_is_noticed():
 def test_every_parameter_and_activation_of_a_model_is_on_the_npu(method):
     """The embedded model with an adapter, a training step with checkpointing: what goes in and out of every module."""
     options = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
-    model = get_peft_model(load_model(find(EMBEDDED), "float32"), sora_hw.ConditionedConfig(method=method, **options))
+    model = get_peft_model(
+        load_model(find(EMBEDDED, objective_of(commonsense.embedded())), PROFILES["cpu"]),
+        sora_hw.ConditionedConfig(method=method, **options),
+    )
     model.gradient_checkpointing_enable()
     model.to(NPU).train()
     devices = set()

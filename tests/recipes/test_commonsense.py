@@ -37,7 +37,7 @@ def test_the_embedded_recipe_keeps_the_method():
     paper, embedded = asdict(commonsense.recipe()), asdict(commonsense.embedded())
     changed = {name for name in paper if paper[name] != embedded[name]}
     sized = {"max_length", "learn", "validation_size", "global_batch", "max_steps", "warmup_steps", "learning_rate"}
-    assert embedded["model"] == "embedded" and changed <= {"model", "save_steps", "eval_steps"} | sized
+    assert embedded["model"] == "embedded" and changed <= {"model", "train_data", "save_steps", "eval_steps"} | sized
 
 
 def test_every_value_has_a_group_and_a_help_for_the_launcher():

@@ -13,8 +13,9 @@ from sora_hw.data.records import Record
 from sora_hw.devices import DEVICES
 from sora_hw.recipes import commonsense
 from sora_hw.training.arguments import parse
+from sora_hw.training.launch import main
 from sora_hw.training.plan import make_plan
-from sora_hw.training.run import check, main
+from sora_hw.training.run import check
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_a_long_record_that_is_held_out_for_validation_is_only_cut(folder, good,
             record["instruction"] *= 100
     (folder / "long.jsonl").write_text("\n".join(map(json.dumps, records)))
     request = parse(commonsense, [*good, "--train-data", "long.jsonl", "--validation-size", "1"])
-    data = check(request, make_plan(request, commonsense), commonsense).data
+    data = check(request, make_plan(request, commonsense)).data
     assert (data.training.truncated, data.validation.truncated) == (0, 1)
 
 
@@ -225,7 +226,7 @@ def write_checkpoint(folder):
 def interrupted(folder, good):
     """The folder of a run of `good` that got as far as its fourth step."""
     request = parse(commonsense, good)
-    job = check(request, make_plan(request, commonsense), commonsense)
+    job = check(request, make_plan(request, commonsense))
     write_checkpoint(folder / "out" / "checkpoint-4")
     job.folder.write_manifest({"fingerprint": job.fingerprint})
     return folder / "out"
@@ -264,7 +265,7 @@ def test_a_checkpoint_of_other_ranks(good, interrupted, capfd, monkeypatch):
 def test_a_checkpoint_of_the_same_recipe_is_found(good, interrupted):
     for resume in (["--resume"], ["--resume", "auto"], ["--resume", str(interrupted / "checkpoint-4")]):
         request = parse(commonsense, [*good, *resume, "--save-steps", "3"])
-        job = check(request, make_plan(request, commonsense), commonsense)
+        job = check(request, make_plan(request, commonsense))
         assert job.folder.checkpoint.resolve() == (interrupted / "checkpoint-4").resolve()
 
 
@@ -282,7 +283,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(good, interrupted, capfd,
     (interrupted / "checkpoint-8" / file).write_bytes(content[: len(content) // 2])
     assert DAMAGE[file] in refused([*good, "--resume", interrupted / "checkpoint-8"], capfd)
     request = parse(commonsense, [*good, "--resume"])
-    job = check(request, make_plan(request, commonsense), commonsense)
+    job = check(request, make_plan(request, commonsense))
     assert job.folder.checkpoint.name == "checkpoint-4"
 
 

@@ -1,16 +1,16 @@
 """The command line becomes a plan: which recipe, which values, how many steps, how the batch is shared."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
 from sora_hw.errors import UserError
 from sora_hw.recipes import commonsense
-from sora_hw.recipes.recipe import Recipe
+from sora_hw.recipes.recipe import LanguageModelling
 from sora_hw.training.arguments import parse
+from sora_hw.training.launch import main
 from sora_hw.training.plan import make_plan
-from sora_hw.training.run import main
 
 
 def plan_of(*arguments):
@@ -37,9 +37,8 @@ def test_which_model(arguments, model):
 
 def test_own_data_changes_nothing_but_the_data():
     plan = plan_of("--backend", "cpu", "--train-data", "a.jsonl", "b.json")
-    assert plan.recipe == commonsense.embedded()
-    assert [str(path) for path in plan.train_data] == ["a.jsonl", "b.json"]
-    assert not plan.asks_embedded_questions and plan_of("--backend", "cpu").asks_embedded_questions
+    assert plan.recipe == replace(commonsense.embedded(), train_data=("a.jsonl", "b.json"))
+    assert not plan.recipe.asks_embedded_questions and plan_of("--backend", "cpu").recipe.asks_embedded_questions
 
 
 OTHER_VALUES = {
@@ -52,7 +51,7 @@ OTHER_VALUES = {
 
 
 def test_every_recipe_value_has_a_flag():
-    for field in fields(Recipe):
+    for field in fields(LanguageModelling):
         if field.name == "name":
             continue
         among = field.metadata.get("among")
@@ -84,10 +83,10 @@ def test_the_micro_batch_shrinks_to_what_divides_the_batch(monkeypatch):
 
 
 def test_steps_are_given_or_follow_from_the_epochs():
-    assert plan_of("--backend", "cpu").steps(10_000) == commonsense.embedded().max_steps
-    assert plan_of("--backend", "cpu", "--max-steps", 7).steps(10_000) == 7
-    assert plan_of("--backend", "cpu", "--epochs", 2, "--global-batch", 32).steps(100) == 7
-    assert plan_of("--backend", "cpu", "--epochs", 2, "--max-steps", 5).steps(100) == 5
+    assert plan_of("--backend", "cpu").recipe.steps(10_000) == commonsense.embedded().max_steps
+    assert plan_of("--backend", "cpu", "--max-steps", 7).recipe.steps(10_000) == 7
+    assert plan_of("--backend", "cpu", "--epochs", 2, "--global-batch", 32).recipe.steps(100) == 8, "4 batches a pass"
+    assert plan_of("--backend", "cpu", "--epochs", 2, "--max-steps", 5).recipe.steps(100) == 5
 
 
 def test_a_dry_run_prints_the_whole_plan_and_writes_nothing(tmp_path, monkeypatch, capsys, tiny_model, records_file):
@@ -97,7 +96,7 @@ def test_a_dry_run_prints_the_whole_plan_and_writes_nothing(tmp_path, monkeypatc
     assert main(commonsense, [*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["recipe"]["rank"] == 16 and plan["device"] == "cpu" and plan["output"] == "runs/commonsense-sora-1"
-    assert plan["data"]["training_samples"] == 45 and plan["data"]["steps"] == 14 and plan["data"]["truncated"] > 0
+    assert plan["data"]["training_samples"] == 45 and plan["data"]["steps"] == 15 and plan["data"]["truncated"] > 0
     assert plan["deepspeed"]["train_batch_size"] == 10
     assert main(commonsense, arguments) == 0
     lines = capsys.readouterr().out.splitlines()

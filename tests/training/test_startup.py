@@ -34,17 +34,18 @@ import sys
 sys.path.insert(0, {str(LAUNCHERS)!r})
 import before_torch
 from sora_hw.recipes import commonsense
-from sora_hw.training import run
+from dataclasses import replace
+from sora_hw.training import launch, run
 from transformers.integrations import deepspeed
 
-def load_before_the_arguments(base, dtype, load=run.load_model):
+def load_before_the_arguments(base, profile, load=run.load_model):
     kept, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
-    model = load(base, dtype)
+    model = load(base, profile)
     deepspeed._hf_deepspeed_config_weak_ref = kept
     return model
 
-def load_in_bfloat16(base, dtype, load=run.load_model):
-    return load(base, "bfloat16")
+def load_in_bfloat16(base, profile, load=run.load_model):
+    return load(base, replace(profile, dtype="bfloat16"))
 
 def arguments_without_deepspeed(*given, make=run.training_arguments):
     return make(*given[:-1], None)
@@ -55,7 +56,7 @@ def deepspeeds_own_threshold(plan, largest, make=run.deepspeed_config):
 broken = globals()[sys.argv.pop(next(index for index, word in enumerate(sys.argv) if word in globals()))]
 place = {{"load": "load_model", "arguments": "training_arguments", "deepspeeds": "deepspeed_config"}}
 setattr(run, place[broken.__name__.partition("_")[0]], broken)
-sys.exit(run.main(commonsense))
+sys.exit(launch.main(commonsense))
 """
 
 
@@ -164,7 +165,7 @@ class TestTheModel:
     def test_the_group_comes_before_the_arguments_and_they_before_the_model(self, monkeypatch, tmp_path, arguments):
         """ZeRO-3 on processors asks the group for its size, and shards only a model that is loaded after that."""
         request = parse(commonsense, [*map(str, arguments), "--backend", "cpu", "--output", str(tmp_path / "out")])
-        job = run.check(request, make_plan(request, commonsense), commonsense)
+        job = run.check(request, make_plan(request, commonsense))
         order = []
 
         def note(name):
@@ -192,7 +193,7 @@ class TestTheModel:
     def test_zero_3_keeps_the_adapter_whole(self, tmp_path, arguments):
         words = [*map(str, arguments), "--backend", "cpu", "--zero-stage", "3", "--output", str(tmp_path / "out")]
         request = parse(commonsense, words)
-        zero = run.check(request, make_plan(request, commonsense), commonsense).deepspeed["zero_optimization"]
+        zero = run.check(request, make_plan(request, commonsense)).deepspeed["zero_optimization"]
         assert zero["stage3_param_persistence_threshold"] == 32 * 96  # of rank 32, beside the model's 96 wide layer
 
     def test_an_adapter_that_zero_3_does_not_keep_whole(self, refusal):
