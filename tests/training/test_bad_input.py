@@ -117,7 +117,7 @@ def test_wrong_data(folder, good, capfd, records_file, name):
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_a_models_own_data_must_be_named(folder, tiny_model, capfd, more):
     line = refused(["--backend", "cpu", "--model", tiny_model, *more], capfd)
-    assert "--train-data" in line and "Commonsense15K" in line
+    assert "--train-data" in line and "Commonsense-15K" in line
     assert "--model gone/: no such folder" in refused(["--backend", "cpu", "--model", "gone/", *more], capfd)
 
 
