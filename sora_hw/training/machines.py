@@ -20,7 +20,7 @@ from sora_hw.training.prepare import Prepared
 SLOTS = re.compile(r"(\S+)\s+slots=(\d+)(?!\S)")
 EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX")  # DeepSpeed's launcher carries what begins so, whatever the device
 CARRIED = (
-    *("DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "OMP_NUM_THREADS"),
+    *("DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"),
     *("SORA_HW_FALLBACK", "SORA_HW_NPU_KERNELS"),
 )
 # DeepSpeed cuts blanks off both ends of a value and puts it between double quotes into a command for the other

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +86,30 @@ def launch():
 def train():
     """`train(folder, ranks, *arguments, **options)`, see `_train`."""
     return _train
+
+
+@pytest.fixture(scope="session")
+def finish():
+    """`finish(process, seconds=240)`, see `_finish`."""
+    return _finish
+
+
+def _finish(process: subprocess.Popen, seconds: float = 240) -> subprocess.CompletedProcess:
+    """Wait for a program that leads a session of its own; one that takes longer is ended with all that it started.
+
+    Launchers end their ranks when they are asked to, and leave them alive when they are killed.
+    """
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(40)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def _launch(

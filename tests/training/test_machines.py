@@ -1,14 +1,16 @@
 """Several machines: the hostfile, the variables for the others, and runs of two nodes that agree, or say why not.
 
-The nodes are two launchers on this machine, joined over its loopback: what differs from real ones is the network.
+The nodes are two launchers on this machine, joined over its loopback, or where it can be had over a network.
 """
 
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,6 @@ from sora_hw.training.machines import (
 )
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "commonsense.py"
-SECONDS = 240  # in which every node must have ended
 HOSTS = "# two machines\n\nnode-a slots=2\n  node-b\tslots=16 # the big one\n"
 
 # A node's name, and versions that only it believes to have.
@@ -206,45 +207,69 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@dataclass(frozen=True)
+class Network:
+    """How two nodes reach each other: what runs a program in each, the first one's address, and their variables."""
+
+    inside: tuple[tuple[str, ...], tuple[str, ...]]
+    address: str
+    variables: dict[str, str]
+
+
+LOOPBACK = Network(((), ()), "127.0.0.1", {})
+
+
 @pytest.fixture
-def two_nodes(tmp_path, site, arguments):
-    """`two_nodes(launcher, second=(), **variables)`: what each of two nodes of one rank printed, and its exit code.
+def cable():
+    """Two network namespaces joined by a cable, and by nothing else: what only a loopback hides would show."""
+    names = [f"sora-hw-{os.getpid()}-{end}" for end in "ab"]
+    steps = [f"ip netns add {name}" for name in names]
+    steps += ["ip link add data netns {} type veth peer name data netns {}".format(*names)]
+    for number, name in enumerate(names, start=1):
+        steps += [f"ip -n {name} addr add 10.77.0.{number}/24 dev data", f"ip -n {name} link set data up"]
+        steps += [f"ip -n {name} link set lo up"]
+    try:
+        for step in steps:
+            done = subprocess.run(step.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: `{step}` says {done.stderr.strip()}")
+        inside = tuple(("ip", "netns", "exec", name) for name in names)
+        yield Network(inside, "10.77.0.1", {"GLOO_SOCKET_IFNAME": "data"})
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.fixture
+def two_nodes(tmp_path, site, arguments, finish):
+    """`two_nodes(launcher, second=(), network=LOOPBACK, **variables)`: what both printed, their exit codes.
 
     With `launcher` DeepSpeed's starts each node's rank, otherwise the rank is started bare, which is faster. `second`
     and the variables are the second node's alone. Both nodes have ended, or the test fails.
     """
 
-    def run(launcher, second=(), **variables):
+    def run(launcher, second=(), network=LOOPBACK, **variables):
         port = str(free_port())
         file = hostfile(tmp_path, "node-a slots=1\nnode-b slots=1\n")
         by_deepspeed = [Path(sys.executable).with_name("deepspeed"), "--hostfile", file, "--no_ssh"]
-        by_deepspeed += ["--master_addr", "127.0.0.1", "--master_port", port, "--node_rank"]
+        by_deepspeed += ["--master_addr", network.address, "--master_port", port, "--node_rank"]
         started = []
         for number, name in enumerate(("node-a", "node-b")):
             own = second if number else ()
-            command = [*by_deepspeed, number] if launcher else [sys.executable]
+            command = [*network.inside[number], *([*by_deepspeed, number] if launcher else [sys.executable])]
             command += [LAUNCHER, *arguments, "--output", tmp_path / "out", *own]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": site}
-            environment |= {"NODE_NAME": name, **(variables if number else {})}
+            environment |= {"NODE_NAME": name, **network.variables, **(variables if number else {})}
             if not launcher:
                 environment |= {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                environment |= {"MASTER_ADDR": network.address, "MASTER_PORT": port}
             log = (tmp_path / f"{name}.log").open("w+")
-            process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log, cwd=tmp_path)
-            started.append((process, log))
-        return [ended(process, log) for process, log in started]
+            out = {"stdout": log, "stderr": log, "start_new_session": True}
+            started.append((subprocess.Popen(list(map(str, command)), env=environment, cwd=tmp_path, **out), log.name))
+        codes = [finish(process).returncode for process, _ in started]
+        return [(Path(name).read_text(), code) for (_, name), code in zip(started, codes, strict=True)]
 
     return run
-
-
-def ended(process, log):
-    try:
-        code = process.wait(SECONDS)
-    finally:
-        process.terminate()  # its handler ends the ranks too
-        process.wait()
-    log.seek(0)
-    return log.read(), code
 
 
 def errors(text):
@@ -263,7 +288,7 @@ def test_two_nodes_train_as_one_process_does(two_nodes, alone, tmp_path):
     assert list(alone.manifest["machines"].values()) == [[0]]
 
 
-def test_the_readmes_command_and_the_variables_that_it_carries(tmp_path, site, alone, arguments, monkeypatch):
+def test_the_readmes_command_and_the_variables_that_it_carries(tmp_path, site, alone, arguments, finish, monkeypatch):
     """`deepspeed --hostfile`, two ranks on each of two machines, through DeepSpeed's default transport but for ssh.
 
     The ranks start in an empty environment: what they have of ours has come through .deepspeed_env.
@@ -282,18 +307,30 @@ def test_the_readmes_command_and_the_variables_that_it_carries(tmp_path, site, a
     for name in mine:
         monkeypatch.delenv(name, raising=False)
     show = tmp_path / "show.py"
-    show.write_text("import os\nprint('HAS', *(f'{name}={os.environ.get(name)}' for name in " + repr([*mine]) + "))\n")
+    show.write_text("import json, os; json.dump(dict(os.environ), open('rank-' + os.environ['RANK'], 'w'))")
     common = ["deepspeed", "--hostfile", str(file), "--no_ssh_check", "--master_addr", "127.0.0.1"]
     common += ["--master_port", str(free_port())]
-    shown = subprocess.run([*common, str(show)], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
-    assert shown.stdout.count(f"HAS OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HOME={tmp_path}/a folder HF_TOKEN=None") == 4
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    assert finish(subprocess.Popen([*common, str(show)], cwd=tmp_path, **pipes)).returncode == 0
+    for number in range(4):
+        seen = json.loads((tmp_path / f"rank-{number}").read_text())
+        assert {name: seen.get(name) for name in mine} == {**mine, "HF_TOKEN": None}
     command = [*common, str(LAUNCHER), *map(str, arguments), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+    done = finish(subprocess.Popen(command, cwd=tmp_path, **pipes))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert str(written.name) in done.stdout + done.stderr
     run = type(alone)(tmp_path / "out", done.stdout)
     assert run.losses == pytest.approx(alone.losses, abs=5e-5)
     assert run.manifest["machines"] == {"node-a": [0, 1], "node-b": [2, 3]}
+
+
+@pytest.mark.skipif(shutil.which("ip") is None, reason="no network namespaces here: there is no program `ip`")
+def test_two_nodes_train_over_a_network(two_nodes, alone, tmp_path, cable):
+    nodes = two_nodes(launcher=False, network=cable)
+    assert [code for _, code in nodes] == [0, 0], nodes
+    run = type(alone)(tmp_path / "out", nodes[0][0])
+    assert run.losses == pytest.approx(alone.losses, abs=5e-5)
+    assert run.manifest["machines"] == {"node-a": [0], "node-b": [1]}
 
 
 def refused_by_both(nodes, tmp_path):

@@ -26,7 +26,6 @@ from sora_hw.training.deepspeed_config import check_engine, check_loaded
 from sora_hw.training.plan import make_plan
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
-SECONDS = 240
 
 # A launcher one of whose precautions is gone; the first argument says which.
 BROKEN = f"""
@@ -76,16 +75,21 @@ def alone(arguments, tmp_path_factory, train):
     return train(tmp_path_factory.mktemp("alone") / "out", 0, *arguments)
 
 
-def start(command, folder, **variables):
-    """Run a program of the virtual environment to its end, in `folder`."""
-    bin = Path(sys.executable).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", **variables}
-    words = list(map(str, command))
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
+@pytest.fixture(scope="module")
+def start(finish):
+    """`start(command, folder, **variables)` runs a program of the virtual environment to its end, in `folder`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+
+    def run(command, folder, **variables):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **variables}
+        return finish(subprocess.Popen(list(map(str, command)), cwd=folder, env=environment, **pipes))
+
+    return run
 
 
 @pytest.fixture
-def refusal(tmp_path, arguments):
+def refusal(tmp_path, arguments, start):
     """`refusal(ranks, precaution, *arguments)`: the line that a run without it ends with, before its first step."""
 
     def line(number, precaution, *more):
@@ -105,7 +109,7 @@ def refusal(tmp_path, arguments):
 class TestTheProcesses:
     """Whoever starts them, there are as many as were asked for, or none."""
 
-    def test_accelerate_launch_runs_one_process_on_a_cpu_and_is_refused(self, tmp_path, arguments):
+    def test_accelerate_launch_runs_one_process_on_a_cpu_and_is_refused(self, tmp_path, arguments, start):
         command = ["accelerate", "launch", "--cpu", "--num_processes", 2, LAUNCHERS / "commonsense.py"]
         done = start([*command, "--backend", "cpu", *arguments, "--output", "out"], tmp_path)
         told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -115,7 +119,7 @@ class TestTheProcesses:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def two_ranks(cls, tmp_path_factory, arguments):
+    def two_ranks(cls, tmp_path_factory, arguments, start):
         """A run by torchrun, with what an interrupted build leaves in the cache of extensions."""
         folder = tmp_path_factory.mktemp("torchrun")
         lock = folder / "extensions" / "deepspeed_shm_comm" / "lock"
@@ -219,10 +223,9 @@ def parameter(dtype=torch.float32, device="cpu", sharded=False, trained=False, p
     return made
 
 
-def engine(stage=2, batch=8, accumulation=2, bf16=False, **kind):
+def engine(stage=2, batch=8, accumulation=2, bf16=False, base=torch.float32, **kind):
     """DeepSpeed's, as far as the check looks at it, with one parameter of that kind beside a usual one."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    parameters = [parameter(dtype), parameter(**{"dtype": dtype, **kind})]
+    parameters = [parameter(base), parameter(**{"dtype": base, **kind})]
     return SimpleNamespace(
         zero_optimization_stage=lambda: stage,
         train_batch_size=lambda: batch,
@@ -243,9 +246,10 @@ WRONG = {
     "another accumulation": (engine(accumulation=1), plan(), "instead of"),
     "no engine": (torch.nn.Linear(1, 1), plan(), "without DeepSpeed"),
     "another device": (engine(device="meta"), plan(), "is on meta instead of cpu; set DS_ACCELERATOR=cpu"),
-    "bf16 is off": (engine(dtype=torch.bfloat16), plan(), "in bfloat16 and float32, .* off, instead of float32"),
-    "bf16 is on": (engine(bf16=True), plan(), "in bfloat16, .* on, instead of float32"),
-    "a base in float32": (engine(), plan(dtype="bfloat16"), "in float32, .* off, instead of bfloat16"),
+    "two dtypes": (engine(dtype=torch.bfloat16), plan(), "in bfloat16 and float32, .* off, instead of float32"),
+    "another dtype": (engine(), plan(dtype="bfloat16"), "in float32, .* off, instead of bfloat16"),
+    "bf16 switched on": (engine(bf16=True), plan(), "in float32, .* on, instead of float32"),
+    "bf16 switched off": (engine(base=torch.bfloat16), plan(dtype="bfloat16"), "in bfloat16, .* off, instead of bf"),
     "nothing sharded": (engine(stage=3), plan(stage=3), "shards nothing"),
     "the adapter sharded": (
         engine(stage=3, sharded=True, trained=True, persistent=False),
@@ -264,7 +268,7 @@ class TestTheEngine:
 
     def test_what_is_planned_passes(self):
         check_engine(engine(), plan())
-        check_engine(engine(bf16=True), plan(dtype="bfloat16"))
+        check_engine(engine(bf16=True, base=torch.bfloat16), plan(dtype="bfloat16"))
         check_engine(engine(stage=3, sharded=True, trained=True), plan(stage=3))
         check_engine(engine(stage=3, sharded=True, persistent=False), plan(stage=3))
 
