@@ -21,25 +21,27 @@ class GlueTask:
         columns: where that subset keeps the one sentence, or the two of a pair.
         labels: how many labels there are, 0 to labels - 1; 1 where the label is a score from 0 to 5 (regression).
         metric: what GLUE reports: "accuracy", "matthews" or "pearson".
+        training_records: how many there are on the hub (Wang et al., 2019), so that a run can be planned without them.
     """
 
     name: str
     columns: tuple[str, ...]
     labels: int
     metric: str
+    training_records: int
 
 
 TASKS: Mapping[str, GlueTask] = MappingProxyType(
     {
         task.name: task
         for task in (
-            GlueTask("rte", PAIR, 2, "accuracy"),
-            GlueTask("mrpc", PAIR, 2, "accuracy"),
-            GlueTask("stsb", PAIR, 1, "pearson"),
-            GlueTask("cola", ("sentence",), 2, "matthews"),
-            GlueTask("sst2", ("sentence",), 2, "accuracy"),
-            GlueTask("qnli", ("question", "sentence"), 2, "accuracy"),
-            GlueTask("qqp", ("question1", "question2"), 2, "accuracy"),
+            GlueTask("rte", PAIR, 2, "accuracy", 2_490),
+            GlueTask("mrpc", PAIR, 2, "accuracy", 3_668),
+            GlueTask("stsb", PAIR, 1, "pearson", 5_749),
+            GlueTask("cola", ("sentence",), 2, "matthews", 8_551),
+            GlueTask("sst2", ("sentence",), 2, "accuracy", 67_349),
+            GlueTask("qnli", ("question", "sentence"), 2, "accuracy", 104_743),
+            GlueTask("qqp", ("question1", "question2"), 2, "accuracy", 363_846),
         )
     }
 )

@@ -5,19 +5,10 @@
 "paper" below is the SORA paper's section on natural language understanding.
 """
 
+from sora_hw.data.glue import TASKS
 from sora_hw.recipes.recipe import Classification, Grid
 
 DESCRIPTION = "Fine-tune an encoder on a task of GLUE with a weight-conditioned adapter."
-# The training records of each task (Wang et al., 2019), from which the steps of a run follow.
-TRAINING_RECORDS = {
-    "rte": 2_490,
-    "mrpc": 3_668,
-    "stsb": 5_749,
-    "cola": 8_551,
-    "sst2": 67_349,
-    "qnli": 104_743,
-    "qqp": 363_846,
-}
 
 
 def recipe(task: str = "rte") -> Classification:
@@ -65,5 +56,5 @@ def grid(task: str = "rte") -> Grid:
         learning_rates=(1e-3, 8e-4, 4e-4),  # paper
         seeds=(0, 1, 2),  # paper: three
         ranks=(16,),  # paper
-        validation_size=min(1_000, TRAINING_RECORDS[task] // 10),  # ours: the paper does not say how it chose
+        validation_size=min(1_000, TASKS[task].training_records // 10),  # ours: the paper does not say how it chose
     )

@@ -18,7 +18,8 @@ NEWEST = "auto"  # --resume without a path
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for; `recipe` and `profile` hold only the values that it gives."""
+    """What the command line asks for; `recipe` and `profile` hold only the values that it gives, `ranks` those of the
+    machines that a plan is made for, where they are named."""
 
     backend: str
     hardware: str
@@ -30,6 +31,7 @@ class Request:
     sweep: bool
     dry_run: bool
     as_json: bool
+    ranks: int | None
     argv: tuple[str, ...]
 
 
@@ -38,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse(module: ModuleType, argv: Sequence[str] | None = None) -> Request:
+def parse(module: ModuleType, argv: Sequence[str] | None = None, ranks: int | None = None) -> Request:
     """The request of `argv` (default: the command line) for the recipes in `module`.
 
     Raises UserError for flags and values that do not exist.
@@ -62,6 +64,7 @@ def parse(module: ModuleType, argv: Sequence[str] | None = None) -> Request:
         sweep=given["sweep"],
         dry_run=given["dry_run"],
         as_json=given["json"],
+        ranks=ranks,
         argv=tuple(argv),
     )
 

@@ -22,6 +22,12 @@ class Plan:
     profile: Profile
     batch: BatchPlan
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that a run sets where the user has not."""
+        accelerator = {"DS_ACCELERATOR": self.device.deepspeed_accelerator}
+        return accelerator | dict(self.device.environment) | dict(self.profile.environment)
+
     def as_dict(self) -> dict[str, object]:
         """The plan in JSON's types."""
         return {
@@ -41,7 +47,7 @@ def make_plan(request: Request, module: ModuleType) -> Plan:
     device, profile = _hardware(request)
     recipe = _recipe(request, module, profile)
     profile = _fitted(profile, device, recipe)
-    world_size = number_of_ranks() or (request.dry_run and profile.ranks) or 1
+    world_size = number_of_ranks() or request.ranks or (request.dry_run and profile.ranks) or 1
     micro_batch = request.profile.get("micro_batch")
     if micro_batch is None:  # the profile's is what fits into memory; a smaller one always does
         micro_batch = fitting_micro_batch(recipe.global_batch, world_size, profile.micro_batch) or profile.micro_batch

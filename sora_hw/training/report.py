@@ -36,11 +36,8 @@ def kernels(device: Device) -> str:
     return package.describe() if package else "the slow generic operators (SORA_HW_FALLBACK=1)"
 
 
-def print_plan(plan: Mapping[str, object], console: Console, as_json: bool) -> None:
-    """Every value of the plan on a line of its own, or all of it as JSON."""
-    if as_json:
-        console.print(json.dumps(plan, indent=2), markup=False)
-        return
+def print_sections(plan: Mapping[str, object], console: Console) -> None:
+    """Every value of the plan on a line of its own."""
     for section, content in plan.items():
         if not isinstance(content, Mapping):
             console.print(f"{section}: {content}", markup=False)
