@@ -1,6 +1,8 @@
 """The command line `sora-hw`.
 
     sora-hw doctor      what this machine has, what is missing, and what to do about it
+    sora-hw plan        what a launcher would do, whether it fits, and the variables for several machines
+    sora-hw compare     sweeps beside one another and beside the paper
 
 A subcommand is a function `(arguments, console) -> exit code`, added in `_parser`. Exit codes: 0 for success, 1 for a
 finding that the subcommand exists to report, 2 for an error of the user's.
@@ -9,8 +11,10 @@ finding that the subcommand exists to report, 2 for an error of the user's.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -18,10 +22,15 @@ from sora_hw import __version__
 from sora_hw.doctor import examine, ready
 from sora_hw.errors import UserError
 
+BENCHMARKS = ("commonsense", "metamath", "glue")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code; an error of the user's is one line on the standard error."""
-    arguments = _parser().parse_args(argv)
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest and arguments.run is not plan:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         return arguments.run(arguments, Console())
     except UserError as error:
@@ -35,7 +44,35 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command = commands.add_parser("doctor", help="what this machine has, what is missing, and what to do about it")
     command.set_defaults(run=doctor)
+    command = commands.add_parser(
+        "plan", help="what a launcher would do: memory, steps, settings", epilog="Further flags are the launcher's."
+    )
+    command.add_argument("benchmark", choices=BENCHMARKS)
+    command.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="plan for its machines, and write .deepspeed_env for them"
+    )
+    command.set_defaults(run=plan)
+    command = commands.add_parser("compare", help="sweeps beside one another and beside the paper")
+    command.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="folder of a sweep")
+    command.set_defaults(run=compare)
     return parser
+
+
+def plan(arguments: argparse.Namespace, console: Console) -> int:
+    """Print what the launcher of a benchmark would do; 2 where it cannot, or does not fit."""
+    from sora_hw.training import launch  # brings the libraries of training, which the doctor may find missing
+
+    launch.silence()
+    launch.plan(importlib.import_module(f"sora_hw.recipes.{arguments.benchmark}"), arguments.rest, arguments.hostfile)
+    return 0
+
+
+def compare(arguments: argparse.Namespace, console: Console) -> int:
+    """Print the table of finished sweeps, as Markdown."""
+    from sora_hw.evaluation.comparison import comparison
+
+    console.print(comparison(arguments.sweeps), markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def doctor(arguments: argparse.Namespace, console: Console) -> int:

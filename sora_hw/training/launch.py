@@ -1,9 +1,11 @@
-"""From the command line of a launcher to a dry run, a run or a sweep."""
+"""From the command line of a launcher to a plan, a run or a sweep."""
 
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from rich.console import Console
@@ -12,6 +14,7 @@ from sora_hw.errors import UserError
 from sora_hw.training.arguments import parse
 from sora_hw.training.dry_run import show_plan
 from sora_hw.training.environment import rank, rank_here
+from sora_hw.training.machines import needed_elsewhere, read_hostfile, write_deepspeed_env
 from sora_hw.training.plan import make_plan
 from sora_hw.training.ranks import leave, silence
 from sora_hw.training.run import announce, check, train
@@ -35,11 +38,30 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def plan(module: ModuleType, argv: Sequence[str], hostfile: Path | None) -> None:
+    """Show the plan of a launcher's command line, for the ranks of a hostfile's machines where one is given; then also
+    write the file from which `deepspeed` takes the variables that the ranks on other machines need. Raises UserError.
+    """
+    machines = read_hostfile(hostfile) if hostfile else []
+    request = parse(module, [*argv, "--dry-run"], ranks=sum(machine.slots for machine in machines) or None)
+    check_versions()
+    planned = make_plan(request, module)
+    show_plan(request, planned, _console())
+    if machines:
+        variables = needed_elsewhere(planned.device, planned.profile, os.environ)
+        file = write_deepspeed_env(variables, Path.cwd())
+        print(f"{file} written, for `deepspeed --hostfile {hostfile}` started here", file=sys.stderr)
+
+
+def _console() -> Console:
+    return Console(quiet=rank() > 0, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
 def launch(module: ModuleType, argv: Sequence[str] | None) -> None:
     """Do what the command line asks for. Nothing is created before everything has been checked."""
     request = parse(module, argv)
     check_versions()
-    console = Console(quiet=rank() > 0, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = _console()
     if request.sweep:
         sweep(request, module, console)
         leave()

@@ -7,7 +7,7 @@ from sora_hw.devices.cpu import CPU
 from sora_hw.devices.detect import DEVICES, select
 from sora_hw.devices.device import Device
 from sora_hw.errors import UserError
-from sora_hw.hardware import BatchPlan, Profile, batch_plan, choose, fitting_micro_batch
+from sora_hw.hardware import ENCODER, BatchPlan, Profile, batch_plan, choose, fitting_micro_batch
 from sora_hw.recipes.recipe import EMBEDDED, FULL, LanguageModelling, Recipe
 from sora_hw.training.arguments import Request, paper_recipe
 from sora_hw.training.environment import number_of_ranks
@@ -46,7 +46,7 @@ def make_plan(request: Request, module: ModuleType) -> Plan:
     """
     device, profile = _hardware(request)
     recipe = _recipe(request, module, profile)
-    profile = _fitted(profile, device, recipe)
+    profile = _fitted(profile, device, recipe, request)
     world_size = number_of_ranks() or request.ranks or (request.dry_run and profile.ranks) or 1
     micro_batch = request.profile.get("micro_batch")
     if micro_batch is None:  # the profile's is what fits into memory; a smaller one always does
@@ -78,16 +78,16 @@ def _hardware(request: Request) -> tuple[Device, Profile]:
     return device, profile
 
 
-def _fitted(profile: Profile, device: Device, recipe: Recipe) -> Profile:
+def _fitted(profile: Profile, device: Device, recipe: Recipe, request: Request) -> Profile:
     """The profile without what the recipe has no use for. Raises UserError for what does not go with it."""
+    if not isinstance(recipe, LanguageModelling):  # nothing needs to be spared: see hardware.ENCODER
+        profile = replace(profile, **{**ENCODER, **request.profile})
     if profile.four_bit and recipe.method == FULL:
         raise UserError("--load-in-4bit freezes the base, which --method full trains; give one of them")
     if profile.four_bit and profile.zero_stage == 3:
         raise UserError("--load-in-4bit: ZeRO-3 cannot shard packed weights; use --zero-stage 2")
     if profile.four_bit and not device.has_four_bit:
         raise UserError(f"--load-in-4bit: bitsandbytes does not serve the {device.display_name}")
-    if not isinstance(recipe, LanguageModelling):  # a handful of classes has no logits worth sparing
-        profile = replace(profile, fused_loss=False)
     if profile.fused_loss and not device.has_fused_loss:
         raise UserError(f"--fused-loss: Liger has no kernels for the {device.display_name}; use --no-fused-loss")
     return profile
