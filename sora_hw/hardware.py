@@ -90,7 +90,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
 )
 HARDWARE = ("auto", *PROFILES)
 # In the place of a profile's values where a recipe tunes an encoder: 128 tokens of 184 million parameters take little
-# memory, so a rank takes its whole share of a batch at once and recomputes nothing, and there are no logits to speak of.
+# memory, so a rank takes its whole share of a batch at once and recomputes nothing, and logits are no matter.
 ENCODER: Mapping[str, object] = MappingProxyType(
     {"micro_batch": 32, "gradient_checkpointing": False, "fused_loss": False}
 )

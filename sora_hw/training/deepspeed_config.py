@@ -83,5 +83,15 @@ def check_engine(engine, plan: Plan) -> None:
         )
 
 
+def release(engine) -> None:
+    """Give the memory of a finished run back: hooks of DeepSpeed's, which the garbage collector cannot see through,
+    would keep its weights beside the next run's."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
+            if tensor is not None:
+                tensor.data = tensor.new_empty(0)
+
+
 def _is_sharded(parameter) -> bool:
     return hasattr(parameter, "ds_tensor") and parameter.ds_tensor.numel() < parameter.ds_numel

@@ -12,7 +12,7 @@ from sora_hw.recipes.recipe import EMBEDDED
 from sora_hw.training.arguments import Request
 from sora_hw.training.base_model import BaseModel, check_model, check_tokens, find, load_model, load_tokenizer
 from sora_hw.training.callbacks import Clock, EngineCheck, LastLoss, ProgressBar
-from sora_hw.training.deepspeed_config import check_loaded, deepspeed_config
+from sora_hw.training.deepspeed_config import check_loaded, deepspeed_config, release
 from sora_hw.training.demo import score_demo
 from sora_hw.training.machines import agree, common_facts, where
 from sora_hw.training.methods import add_method
@@ -125,6 +125,7 @@ def train(job: Job, console: Console) -> None:
     if main_rank:
         job.folder.write_manifest({**manifest, "status": "finished", "finished": now(), "results": results})
         print_results(results, job.plan.device, console)
+    release(trainer.model_wrapped)
     dist.barrier()
 
 
