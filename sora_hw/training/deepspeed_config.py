@@ -5,6 +5,8 @@ from transformers import PreTrainedModel
 
 from sora_hw.devices.cpu import CPU
 from sora_hw.errors import UserError
+from sora_hw.recipes.recipe import FULL
+from sora_hw.training.methods import adapter_parameters
 from sora_hw.training.plan import Plan
 
 # Gradients are those of the adapter alone: DeepSpeed's default buffer of 5e8 elements would be a gigabyte of nothing.
@@ -76,7 +78,7 @@ def check_engine(engine, plan: Plan) -> None:
         )
     if plan.profile.zero_stage == 3 and world_size > 1 and not any(map(_is_sharded, engine.module.parameters())):
         raise UserError("ZeRO-3 shards nothing: every rank holds the whole model; use --zero-stage 2 if that is fine")
-    if not all(p.ds_persist for p in engine.module.parameters() if p.requires_grad and hasattr(p, "ds_persist")):
+    if plan.recipe.method != FULL and not all(map(_stays_whole, adapter_parameters(engine.module))):
         raise UserError(
             "ZeRO-3 gathers the adapter's tensors one by one in every layer, which is slow; install the versions that "
             "`sora-hw doctor` shows, or use --zero-stage 2"
@@ -91,6 +93,10 @@ def release(engine) -> None:
         for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
             if tensor is not None:
                 tensor.data = tensor.new_empty(0)
+
+
+def _stays_whole(parameter) -> bool:
+    return getattr(parameter, "ds_persist", True)
 
 
 def _is_sharded(parameter) -> bool:

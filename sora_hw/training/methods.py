@@ -1,5 +1,7 @@
 """What trains: an adapter of ours, one of PEFT's that the paper compares with, or the whole model."""
 
+from collections.abc import Iterator
+
 import torch
 from peft import LoraConfig, OFTConfig, PeftConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel, set_seed
 from sora_hw import ConditionedConfig
 from sora_hw.recipes.recipe import FULL, LORA_PLUS, OFT, Recipe
 
+MODULES_TO_SAVE = ".modules_to_save."  # in the names of what PEFT trains whole
 LORA_PLUS_RATIO = 16  # how much faster B learns than A: the value that LoRA+ (Hayou et al., 2024) recommends
 # No block size gives the 0.58 % of the paper's Table 4 on Gemma-7B; of those that divide its layers this is the nearest
 # (0.57 %).
@@ -58,6 +61,13 @@ def _targets(recipe: Recipe) -> list[str] | str:
 def is_expression(target: str) -> bool:
     """Whether a target is a regular expression, and no name of layers."""
     return not all(part.isidentifier() or part.isdecimal() for part in target.split("."))
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What the method itself trains: not the layers that are trained whole beside an adapter."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and MODULES_TO_SAVE not in name:
+            yield parameter
 
 
 def optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer | None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sora_hw.hardware import Profile
 from sora_hw.training.base_model import BaseModel, load_model
+from sora_hw.training.methods import MODULES_TO_SAVE
 
 
 def save_trained(model: nn.Module, folder: Path, zero_stage: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,6 +63,6 @@ def trainable_rate(model: nn.Module) -> float:
     sizes = [
         (getattr(each, "ds_numel", each.numel()), each.requires_grad)
         for name, each in model.named_parameters()
-        if ".modules_to_save." not in name
+        if MODULES_TO_SAVE not in name
     ]
     return 100 * sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)

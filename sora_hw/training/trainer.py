@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from sora_hw.devices.cpu import CPU
+from sora_hw.recipes.recipe import Recipe
 from sora_hw.training.methods import optimiser
 from sora_hw.training.objectives import Objective
 from sora_hw.training.plan import Plan
@@ -65,6 +67,20 @@ def training_arguments(plan: Plan, steps: int, folder: Path, deepspeed: dict[str
     )
 
 
+class MethodTrainer(Trainer):
+    """A Trainer with the optimiser of the recipe's method. One that is merely passed to it the Trainer forgets, without
+    a word, when DeepSpeed starts."""
+
+    def __init__(self, recipe: Recipe, **options):
+        super().__init__(**options)
+        self.recipe = recipe
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = optimiser(self.model if model is None else model, self.recipe)
+        return super().create_optimizer(model)
+
+
 def build_trainer(
     model: nn.Module,
     arguments: TrainingArguments,
@@ -74,7 +90,8 @@ def build_trainer(
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """A Trainer that takes the training samples in their order, one after the other, over all ranks together."""
-    return Trainer(
+    return MethodTrainer(
+        objective.recipe,
         model=model,
         args=arguments,
         train_dataset=Subset(data.training, data.order),
@@ -83,6 +100,5 @@ def build_trainer(
         compute_loss_func=objective.loss,
         compute_metrics=objective.metrics,
         preprocess_logits_for_metrics=objective.reduce,
-        optimizers=(optimiser(model, objective.recipe), None),
         callbacks=callbacks,
     )

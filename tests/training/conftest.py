@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LAUNCHER = REPOSITORY / "launchers" / "commonsense.py"
+LAUNCHERS = REPOSITORY / "launchers"
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +39,34 @@ def tiny_model(tmp_path_factory) -> Path:
         eos_token_id=256,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory) -> Path:
+    """A folder with a two-layer BERT of random weights and no dropout; its tokens are bytes between [CLS] and [SEP]."""
+    folder = tmp_path_factory.mktemp("tiny_encoder")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = {"[PAD]": 256, "[CLS]": 257, "[SEP]": 258}
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)} | special, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 257), ("[SEP]", 258)]
+    )
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    kinds = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=kinds, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = BertConfig(
+        **sizes,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=256,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(folder)
     return folder
 
 
@@ -78,7 +106,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def launch():
-    """`launch(ranks, *arguments, backend="cpu", cwd=None, **variables)`, see `_launch`."""
+    """`launch(ranks, *arguments, backend="cpu", launcher="commonsense.py", cwd=None, **variables)`, see `_launch`."""
     return _launch
 
 
@@ -113,14 +141,19 @@ def _finish(process: subprocess.Popen, seconds: float = 240) -> subprocess.Compl
 
 
 def _launch(
-    ranks: int, *arguments: object, backend: str = "cpu", cwd: Path | None = None, **variables: str
+    ranks: int,
+    *arguments: object,
+    backend: str = "cpu",
+    launcher: str = "commonsense.py",
+    cwd: Path | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess:
     """Run the launcher: 0 ranks for plain python, otherwise by DeepSpeed's launcher on a port of its own."""
-    command = [sys.executable, str(LAUNCHER)]
+    command = [sys.executable, str(LAUNCHERS / launcher)]
     if ranks:
         port = str(20000 + os.getpid() % 20000)
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-        command += ["--master_port", port, str(LAUNCHER)]
+        command += ["--master_port", port, str(LAUNCHERS / launcher)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(

@@ -110,3 +110,21 @@ def test_the_loss_falls_on_the_eight_real_training_files(tmp_path, shared_data, 
     assert len(run.losses) == 60
     assert sum(run.losses[-10:]) < 0.8 * sum(run.losses[:10])
     assert run.manifest["results"]["embedded_questions"] is None
+
+
+@pytest.mark.shared_data
+def test_the_loss_falls_on_real_mathematics(tmp_path, shared_data, train):
+    file = shared_data / "math" / "math_demo.train.jsonl.gz"
+    run = train(
+        tmp_path / "run", 2, "--train-data", file, "--global-batch", 8, "--micro-batch", 2, launcher="metamath.py"
+    )
+    assert run.manifest["recipe"]["rotation_rank"] == 2 and run.manifest["recipe"]["name"] == "metamath"
+    assert run.manifest["data"]["training_samples"] + run.manifest["data"]["validation_samples"] == 1500
+    assert len(run.losses) == 60
+    assert sum(run.losses[-10:]) < 0.8 * sum(run.losses[:10])
+
+
+def test_mathematics_has_no_questions_of_its_own(launch):
+    done = launch(0, launcher="metamath.py")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: metamath comes without data of its own for --model embedded")

@@ -231,13 +231,14 @@ def engine(stage=2, batch=8, accumulation=2, bf16=False, base=torch.float32, **k
         train_batch_size=lambda: batch,
         gradient_accumulation_steps=lambda: accumulation,
         bfloat16_enabled=lambda: bf16,
-        module=SimpleNamespace(parameters=lambda: iter(parameters)),
+        module=torch.nn.ParameterList(parameters),
     )
 
 
 def plan(stage=2, dtype="float32"):
     batch = SimpleNamespace(global_batch=8, accumulation=2, world_size=2)
-    return SimpleNamespace(batch=batch, profile=SimpleNamespace(zero_stage=stage, dtype=dtype), device=CPU)
+    profile = SimpleNamespace(zero_stage=stage, dtype=dtype)
+    return SimpleNamespace(batch=batch, profile=profile, device=CPU, recipe=commonsense.recipe())
 
 
 WRONG = {
