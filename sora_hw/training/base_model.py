@@ -1,5 +1,6 @@
 """The base model: where it is, whether the recipe fits its layers, and loading it."""
 
+import importlib.util
 import logging
 import re
 from collections.abc import Mapping
@@ -104,6 +105,12 @@ def check_model(base: BaseModel, recipe: Recipe) -> int | None:
     _check_weights(base, {name: tuple(each.shape) for name, each in model.state_dict().items()})
     if recipe.method == FULL:
         return None
+    for name in recipe.modules_to_save:
+        if not any(_names(name, each) for each, _ in model.named_modules()):
+            known = ", ".join(name for name, _ in model.named_children())
+            raise UserError(
+                f"--modules-to-save {name}: {base.name} has no layer of this name; outermost it has {known}"
+            )
     layers = {name: _shape(module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     largest = 0
     for target in recipe.target_modules:
@@ -132,7 +139,10 @@ def skeleton(base: BaseModel) -> PreTrainedModel:
 def _names(target: str, layer: str) -> bool:
     """Whether a target means the layer of this full name, as PEFT has it."""
     if is_expression(target):
-        return re.fullmatch(target, layer) is not None
+        try:
+            return re.fullmatch(target, layer) is not None
+        except re.error as error:
+            raise UserError(f"--target-modules {target}: neither a name nor a regular expression ({error})") from None
     return layer == target or layer.endswith("." + target)
 
 
@@ -157,6 +167,16 @@ def _check_weights(base: BaseModel, shapes: Mapping[str, tuple[int, ...]]) -> No
 
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+def check_fused_loss(base: BaseModel) -> None:
+    """Raises UserError where Liger is missing or would leave the model as it is, which the Trainer only logs."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("--fused-loss needs Liger: pip install 'sora_hw[cuda]', or use --no-fused-loss")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if base.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UserError(f"--fused-loss: Liger does not know {base.config.model_type} models; use --no-fused-loss")
 
 
 def check_tokens(base: BaseModel, largest_token: int, longest: int) -> None:

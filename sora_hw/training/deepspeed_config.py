@@ -63,7 +63,8 @@ def check_engine(engine, plan: Plan) -> None:
     wanted = plan.profile.zero_stage, plan.batch.global_batch, plan.batch.accumulation
     if found != wanted:
         raise UserError(f"DeepSpeed runs with (ZeRO stage, global batch, accumulation) = {found} instead of {wanted}")
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in engine.module.parameters()}
+    parameters = [p for p in engine.module.parameters() if p.is_floating_point()]  # the others are packed weights
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters}
     if dtypes != {plan.profile.dtype} or engine.bfloat16_enabled() != (plan.profile.dtype == "bfloat16"):
         raise UserError(
             f"the model trains in {' and '.join(sorted(dtypes))}, DeepSpeed's bf16 being "

@@ -10,7 +10,15 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, set_
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import EMBEDDED
 from sora_hw.training.arguments import Request
-from sora_hw.training.base_model import BaseModel, check_model, check_tokens, find, load_model, load_tokenizer
+from sora_hw.training.base_model import (
+    BaseModel,
+    check_fused_loss,
+    check_model,
+    check_tokens,
+    find,
+    load_model,
+    load_tokenizer,
+)
 from sora_hw.training.callbacks import Clock, EngineCheck, LastLoss, ProgressBar
 from sora_hw.training.deepspeed_config import check_loaded, deepspeed_config, release
 from sora_hw.training.demo import score_demo
@@ -64,6 +72,8 @@ def check(request: Request, plan: Plan) -> Job:
     objective = objective_of(plan.recipe)
     base = find(plan.recipe.model, objective)
     largest_tensor = check_model(base, plan.recipe)
+    if plan.profile.fused_loss and not request.dry_run:
+        check_fused_loss(base)
     tokenizer = load_tokenizer(base, objective)
     data = prepare(objective, tokenizer)
     check_tokens(base, data.largest_token, data.longest)

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sora_hw.data.dataset import split
 from sora_hw.data.records import Record
 from sora_hw.devices import DEVICES
+from sora_hw.errors import UserError
 from sora_hw.recipes import commonsense
 from sora_hw.training.arguments import parse
+from sora_hw.training.base_model import check_fused_loss, find
 from sora_hw.training.launch import main
+from sora_hw.training.objectives import objective_of
 from sora_hw.training.plan import make_plan
 from sora_hw.training.run import check
 
@@ -54,6 +59,13 @@ WRONG_VALUES = {
     "--model ./relative": "no such folder",
     "--target-modules q_proj fc1": "--target-modules fc1: no linear layer .* it has down_proj, gate_proj, k_proj, lm",
     "--target-modules embed_tokens": "--target-modules embed_tokens: no linear layer",
+    "--target-modules (": r"--target-modules \(: neither a name nor a regular expression \(missing \)",
+    "--modules-to-save score": "--modules-to-save score: .* has no layer of this name; outermost it has model, lm_head",
+    "--offload": "--offload moves memory to the host, and on --backend cpu everything is there already",
+    "--fused-loss": "--fused-loss: Liger has no kernels for the CPU; use --no-fused-loss",
+    "--load-in-4bit --method full": "--load-in-4bit freezes the base, which --method full trains",
+    "--load-in-4bit --zero-stage 3": "--load-in-4bit: ZeRO-3 cannot shard packed weights; use --zero-stage 2",
+    "--records 0": "--records 0: must be at least 1",
     "--rank 0": "--rank 0: must be at least 1",
     "--rank -4": "--rank -4: must be at least 1",
     "--rank 97": r"--rank 97 is larger than the layer model\.layers\.0\..* of 64 x 64",
@@ -188,6 +200,21 @@ def test_an_environment_that_makes_no_sense(folder, launch, good, variables, mes
     assert message in done.stderr.splitlines()[-1]  # libraries may have complained before
     assert "Traceback" not in done.stderr
     assert list(folder.iterdir()) == []
+
+
+def test_a_loss_that_liger_cannot_fuse(tiny_model, monkeypatch):
+    base = find(str(tiny_model), objective_of(commonsense.embedded()))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--fused-loss needs Liger: pip install 'sora_hw\[cuda\]'"):
+        check_fused_loss(base)
+    known = ModuleType("liger_kernel.transformers.monkey_patch")
+    known.MODEL_TYPE_TO_APPLY_LIGER_FN = {"gemma": None}
+    monkeypatch.setitem(sys.modules, known.__name__, known)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(UserError, match="--fused-loss: Liger does not know llama models; use --no-fused-loss"):
+        check_fused_loss(base)
+    known.MODEL_TYPE_TO_APPLY_LIGER_FN["llama"] = None
+    check_fused_loss(base)
 
 
 def test_an_id_that_the_hub_cannot_give(folder, good, capfd, monkeypatch):
