@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-full lint bench
+.PHONY: setup demo test test-full lint bench glue
 
 setup:
 	@ci/setup
@@ -20,3 +20,6 @@ lint: setup
 
 bench: setup
 	@ci/bench
+
+glue: setup
+	@ci/glue
