@@ -21,8 +21,7 @@ from rich.console import Console
 from sora_hw import __version__
 from sora_hw.doctor import examine, ready
 from sora_hw.errors import UserError
-
-BENCHMARKS = ("commonsense", "metamath", "glue")
+from sora_hw.recipes import BENCHMARKS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

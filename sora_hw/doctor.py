@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import pkgutil
 import shlex
 import shutil
 import subprocess
@@ -149,7 +148,7 @@ def _operator_problem(device: Device | None) -> str | None:
 
 def _recipes() -> Section:
     section = Section(_table("Recipes", "launcher", "base model", "state"))
-    for name in _launcher_recipes():
+    for name in recipes.BENCHMARKS:
         try:
             recipe = importlib.import_module(f"{recipes.__name__}.{name}").recipe()
         except Exception as error:  # whatever keeps a recipe from loading is what the doctor is asked for
@@ -158,11 +157,6 @@ def _recipes() -> Section:
         else:
             section.table.add_row(name, recipe.model, OK)
     return section
-
-
-def _launcher_recipes() -> list[str]:
-    """The modules of `sora_hw.recipes` that a launcher runs: all but the one that defines what a recipe is."""
-    return [module.name for module in pkgutil.iter_modules(recipes.__path__) if module.name != "recipe"]
 
 
 def _machine() -> Section:

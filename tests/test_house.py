@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import sora_hw
+from sora_hw.recipes import BENCHMARKS
 from sora_hw.versions import SUPPORTED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -103,6 +104,11 @@ def test_launchers_are_thin(path):
     assert len(path.read_text().splitlines()) <= 40
 
 
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_its_launcher(name):
+    assert f"main({name})" in (REPOSITORY / "launchers" / f"{name}.py").read_text()
+
+
 def test_the_top_level_is_fixed():
     entries = {name.partition("/")[0] for name in _tracked()}
     assert {name for name in entries if not name.startswith(".")} <= TOP_LEVEL
@@ -111,7 +117,7 @@ def test_the_top_level_is_fixed():
 
 def test_third_party_imports_are_declared():
     declared = {_normal(Requirement(text).name) for text in PYPROJECT["project"]["dependencies"]}
-    declared |= {"triton", "torch_npu"}  # of the extras; imported inside guards
+    declared |= {"triton", "torch_npu", "liger_kernel"}  # of the extras; imported inside guards
     distributions = metadata.packages_distributions()
     undeclared = set()
     for path in LIBRARY + KERNELS:
