@@ -288,6 +288,7 @@ def test_two_nodes_train_as_one_process_does(two_nodes, alone, tmp_path):
     assert list(alone.manifest["machines"].values()) == [[0]]
 
 
+@pytest.mark.full
 def test_the_readmes_command_and_the_variables_that_it_carries(tmp_path, site, alone, arguments, finish, monkeypatch):
     """`deepspeed --hostfile`, two ranks on each of two machines, through DeepSpeed's default transport but for ssh.
 
