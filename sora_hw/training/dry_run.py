@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 
 from rich.console import Console
 
 from sora_hw.analysis import Memory
 from sora_hw.data.glue import TASKS
 from sora_hw.errors import UserError
-from sora_hw.recipes.recipe import Recipe
+from sora_hw.recipes.recipe import Classification, Recipe
 from sora_hw.training.arguments import Request
 from sora_hw.training.base_model import is_local, shipped
 from sora_hw.training.deepspeed_config import deepspeed_config
@@ -91,10 +92,15 @@ def _gib(size: int) -> str:
 
 
 def _known_steps(recipe: Recipe) -> int | None:
-    """The steps of a run whose data have not been read; None where they depend on the data."""
-    if recipe.max_steps or not hasattr(recipe, "task"):
+    """The steps of a run whose samples have not been made; None where they depend on data that are on the hub."""
+    if recipe.max_steps:
         return recipe.max_steps
-    size = TASKS[recipe.task].training_records
+    if all(Path(source).exists() for source in recipe.train_data):
+        size = len(objective_of(recipe).training_records())
+    elif isinstance(recipe, Classification):
+        size = TASKS[recipe.task].training_records
+    else:
+        return None
     return recipe.steps(min(recipe.records or size, size) - recipe.validation_size)
 
 

@@ -31,7 +31,7 @@ class Prepared:
 
     @property
     def _parts(self) -> list[Samples]:
-        return [self.training, self.validation] if self.validation else [self.training]
+        return [part for part in (self.training, self.validation, self.test) if part]
 
     @property
     def longest(self) -> int:
@@ -49,6 +49,8 @@ class Prepared:
             "checksum": self.checksum,
             "training_samples": len(self.training),
             "validation_samples": len(self.validation) if self.validation else 0,
+            "test_samples": len(self.test) if self.test else 0,
+            "test_checksum": self.test_checksum,
             "truncated": sum(part.truncated for part in self._parts),
             "left_out": sum(part.left_out for part in self._parts),
             "steps": self.steps,

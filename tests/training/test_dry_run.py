@@ -105,6 +105,17 @@ def test_a_model_whose_configuration_does_not_come_with_the_package(capsys):
     assert "memory: not known: the configuration of somebody/large-model does not come with this package" in printed
 
 
+def test_the_steps_of_own_data_follow_from_them(capsys, tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "rte.jsonl"
+    file.write_text("\n".join(['{"sentence1": "a", "sentence2": "b", "label": 0}'] * 65))
+    assert main(glue, ["--dry-run", "--json", "--hardware", "4x4090", "--train-data", str(file)]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"] == 5 * 3 and plan["recipe"]["test_data"] == []
+    file.write_text('{"sentence1": "a"}')
+    assert main(glue, ["--dry-run", "--json", "--hardware", "4x4090", "--train-data", str(file)]) == 2
+    assert "rte.jsonl: line 1: " in capsys.readouterr().err
+
+
 def test_plan_is_the_dry_run(capsys):
     assert main(glue, ["--dry-run", "--json", "--task", "cola", "--hardware", "8x910c"]) == 0
     dry_run = capsys.readouterr().out
