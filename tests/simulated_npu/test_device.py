@@ -23,6 +23,23 @@ def test_two_ranks_over_hccl(simulated_npu):
     assert "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout
 
 
+END_AFTER_A_BACKWARD_PASS = """
+import os, sys, torch
+for _ in range(6):
+    if os.fork() == 0:
+        sys.setswitchinterval(100.0)  # the main thread keeps the GIL from its return of `backward` until it ends Python
+        x = torch.ones(3, device="npu", requires_grad=True)
+        (x * 2).sum().backward()
+        sys.exit()
+    assert os.wait()[1] == 0
+"""
+
+
+def test_a_program_ends_while_a_thread_of_autograd_waits_for_the_gil(simulated_npu):
+    """Without `wait_for_autograd`, about half of such ends abort; see csrc/autograd.cpp."""
+    run(simulated_npu, "-c", END_AFTER_A_BACKWARD_PASS)
+
+
 COUNT_IN_FORKS = """
 import os, sys, torch
 for visible in sys.argv[1:]:

@@ -9,6 +9,7 @@ the entry point through which torch loads device extensions, so every process of
 
     csrc/device.cpp     memory with real counters, current device, streams and events, random state
     csrc/operators.cpp  the operators on storage, the fallback, autocast, and the count of what ran where
+    csrc/autograd.cpp   autograd's threads, at the end of the process
     csrc/hccl.cpp       the communication backend: gloo over the same memory
     npu/                the module `torch.npu`
     operators.py        `torch.ops.npu`, with torch_npu's schemas; one line for each
@@ -22,6 +23,7 @@ numerics, speed and memory of an NPU, asynchronous streams, HCCL.
     SIMULATED_NPU_LOG          folder into which every process writes its counts when it ends
 """
 
+import atexit
 import os
 import sys
 
@@ -45,6 +47,8 @@ torch.utils.rename_privateuse1_backend("npu")
 torch._register_device_module("npu", npu)
 torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
 dist.Backend.register_backend("hccl", _hccl, devices=["npu"])
+
+atexit.register(_C.wait_for_autograd)  # what has been registered first runs last: no backward pass comes after it
 
 if os.environ.get("RANK", "0") == "0":  # one rank says it for all
     print("simulated NPU: host memory, no Ascend hardware", file=sys.stderr)

@@ -18,6 +18,9 @@ c10::DeviceIndex device_count();
 const at::Generator& default_generator(c10::DeviceIndex index);
 at::Generator host_generator(const at::Generator& device_generator);
 
+// Returns when autograd's threads have let go of all backward passes. Without the GIL, which they may need for it.
+void wait_for_autograd();
+
 // Calls by the kernel that served them ("native", "composite", "cpu_fallback") and by operator name.
 using Counts = std::map<std::string, std::map<std::string, int64_t>>;
 Counts counts();

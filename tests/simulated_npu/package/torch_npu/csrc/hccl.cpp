@@ -147,6 +147,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("device_count", [] { return int(device_count()); });
   module.def("host_view", &host_view);
   module.def("default_generator", [](int index) { return default_generator(index); });
+  module.def("wait_for_autograd", &wait_for_autograd, py::call_guard<py::gil_scoped_release>());
   module.def("counts", &counts);
   module.def("reset_counts", &reset_counts);
 }
