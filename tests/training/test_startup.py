@@ -141,13 +141,11 @@ class TestTheProcesses:
         built = [path for path in (two_ranks / "extensions").rglob("*") if path.is_file()]
         assert [path.name for path in built] == ["lock"]
 
-    def test_fsdp_of_accelerate_does_not_take_the_place_of_deepspeed(self, tmp_path, arguments, alone, train):
-        fsdp = train(tmp_path / "out", 0, *arguments, ACCELERATE_USE_FSDP="true")
-        assert fsdp.losses == alone.losses
-
-    def test_an_accelerator_that_the_environment_names_does_not_decide(self, tmp_path, arguments, alone, train):
-        """DS_ACCELERATOR must be right before deepspeed is imported; the run, not the shell, knows what is right."""
-        other = train(tmp_path / "out", 0, *arguments, backend="auto", DS_ACCELERATOR="cuda")
+    def test_variables_of_the_environment_do_not_decide(self, tmp_path, arguments, alone, train):
+        """With ACCELERATE_USE_FSDP accelerate would put FSDP in the place of DeepSpeed. DS_ACCELERATOR must be right
+        before deepspeed is imported; the run, not the shell, knows what is right."""
+        misleading = {"ACCELERATE_USE_FSDP": "true", "DS_ACCELERATOR": "cuda"}
+        other = train(tmp_path / "out", 0, *arguments, backend="auto", **misleading)
         assert other.manifest["device"] == "cpu" and other.losses == alone.losses
 
     def test_the_profiles_variables_stand_before_the_first_collective(self, monkeypatch):
