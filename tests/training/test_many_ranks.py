@@ -80,14 +80,14 @@ def wanted(records_file):
     return [sorted(records[i].id for i in order[s * BATCH : (s + 1) * BATCH]) for s in range(STEPS)]
 
 
-def test_the_same_losses_and_samples(run, wanted):
-    losses = {}
-    for ranks in (1, 2, 4, 8):
-        losses[ranks], steps = run(ranks, 0)
-        assert steps == wanted, f"{ranks} ranks"
-    assert len(losses[1]) == STEPS and len(set(losses[1])) == STEPS
-    for ranks in (2, 4, 8):
-        assert losses[ranks] == pytest.approx(losses[1], abs=5e-5), f"{ranks} ranks"
+# Eight on two cores take long.
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.full)])
+def test_the_same_losses_and_samples(ranks, run, wanted):
+    alone, steps_alone = run(1, 0)
+    losses, steps = run(ranks, 0)
+    assert steps_alone == wanted and steps == wanted
+    assert len(alone) == STEPS and len(set(alone)) == STEPS
+    assert losses == pytest.approx(alone, abs=5e-5)
 
 
 def test_dropout_changes_losses_and_no_samples(run, wanted):
