@@ -51,7 +51,8 @@ def make_plan(request: Request, module: ModuleType) -> Plan:
     world_size = number_of_ranks() or request.ranks or (request.dry_run and profile.ranks) or 1
     micro_batch = request.profile.get("micro_batch")
     if micro_batch is None:  # the profile's is what fits into memory; a smaller one always does
-        micro_batch = fitting_micro_batch(recipe.global_batch, world_size, profile.micro_batch) or profile.micro_batch
+        # Where none divides the batch, 1 makes the error propose every batch that the ranks could share.
+        micro_batch = fitting_micro_batch(recipe.global_batch, world_size, profile.micro_batch) or 1
     return Plan(recipe, device, profile, batch_plan(recipe.global_batch, world_size, micro_batch))
 
 
