@@ -44,6 +44,8 @@ def test_the_twelve_combinations(benchmark, hardware, method, capsys):
     assert abs(float(lines["trainable rate"].removesuffix(" %")) - rates[method == "sora"]) < 0.01
     assert lines["steps"] == str(steps) and lines["warm-up"] == f"{warmup} steps"
     assert lines["learning rate"] == learning_rate
+    variable = {"4x4090": "NCCL_P2P_DISABLE=1", "8x910c": "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True"}[hardware]
+    assert variable in lines["environment"].split()
     batch, *factors = map(int, re.findall(r"\d+", lines["global batch"]))
     assert batch == (32 if benchmark == "glue" else 128) == factors[0] * factors[1] * factors[2] and factors[0] == ranks
     total, available = map(float, re.findall(r"[\d.]+", lines["memory"]))
