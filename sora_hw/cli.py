@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,19 +27,24 @@ from sora_hw.recipes import BENCHMARKS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code; an error of the user's is one line on the standard error."""
-    arguments, rest = _parser().parse_known_args(argv)
-    if rest and arguments.run is not plan:
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.rest = rest
     try:
+        arguments, rest = _parser().parse_known_args(argv)
+        if rest and arguments.run is not plan:
+            raise UserError(f"unrecognized arguments: {' '.join(rest)}; see --help")
+        arguments.rest = rest
         return arguments.run(arguments, Console())
     except UserError as error:
-        print(f"sora-hw: {error}", file=sys.stderr)
+        print("sora-hw:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sora-hw", description="Weight-conditioned adapters: tools beside training.")
+    parser = _Parser(prog="sora-hw", description="Weight-conditioned adapters: tools beside training.")
     parser.add_argument("--version", action="version", version=f"sora-hw {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command = commands.add_parser("doctor", help="what this machine has, what is missing, and what to do about it")

@@ -209,11 +209,26 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "sora-hw: the disk is full: empty it\n"
 
 
-def test_no_command_is_an_error(capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main([])
-    assert caught.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND; see sora-hw --help"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["plan"], "required: benchmark; see sora-hw plan --help"),
+        (["doctor", "--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, words, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("sora-hw: ") and error.count("\n") == 1
+
+
+def test_a_wrong_plan_is_one_line_whatever_its_libraries_have_to_say():
+    program = Path(sys.executable).parent / "sora-hw"
+    answer = subprocess.run([program, "plan", "glue", "--nonsense"], capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr == "sora-hw: unrecognized arguments: --nonsense; see --help\n"
 
 
 def test_the_cores_are_those_this_process_may_use(monkeypatch):

@@ -25,7 +25,7 @@ def changes_that_fit(
     expect: Callable[[Step], Memory],
     micro_batches: Sequence[int],
     *,
-    has_fused_loss: bool,
+    accepts: Callable[[Step], bool],
 ) -> list[str]:
     """What makes a step that is too large fit: every change that does alone, or where none does, every pair.
 
@@ -35,19 +35,19 @@ def changes_that_fit(
         expect: the memory of a step: `expected_memory` of the model.
         micro_batches: those that divide a rank's share of the global batch; of the smaller ones the largest that fits
             is named.
-        has_fused_loss: whether the device has the fused loss.
+        accepts: whether the launcher would take a step at all; one that it refuses is no way out.
 
     Returns:
         A phrase for each way, with the launcher's flags and what it takes; none where nothing helps.
     """
     expect = cache(expect)
-    kinds = _changes(step, micro_batches, has_fused_loss)
+    kinds = _changes(step, micro_batches)
     for size in (1, 2):
         ways = []
         for together in combinations(kinds, size):
             for changes in product(*together):
-                total = expect(_changed(step, changes)).total
-                if total <= capacity:
+                changed = _changed(step, changes)
+                if accepts(changed) and (total := expect(changed).total) <= capacity:
                     ways.append(f"{' and '.join(change.phrase for change in changes)}: {total / 2**30:.1f} GiB")
                     break
         if ways:
@@ -55,7 +55,7 @@ def changes_that_fit(
     return []
 
 
-def _changes(step: Step, micro_batches: Sequence[int], has_fused_loss: bool) -> list[list[Change]]:
+def _changes(step: Step, micro_batches: Sequence[int]) -> list[list[Change]]:
     """The kinds of change that the step has not made yet, cheapest first; of each kind its values, best first."""
     smaller = sorted((size for size in micro_batches if size < step.micro_batch), reverse=True)
     one_each = [
@@ -65,8 +65,7 @@ def _changes(step: Step, micro_batches: Sequence[int], has_fused_loss: bool) -> 
         Change("keep the optimiser in the host's memory (--offload)", "offload", True),
         Change("pack the base model to four bits (--load-in-4bit)", "four_bit", True),
     ]
-    # Shards of a single rank are the whole.
-    useless = {"fused_loss": not has_fused_loss, "zero_stage": step.world_size == 1}
+    useless = {"zero_stage": step.world_size == 1}  # shards of a single rank are the whole
     kinds = [[Change(f"a smaller micro-batch (--micro-batch {size})", "micro_batch", size) for size in smaller]]
     kinds += [
         [each] for each in one_each if getattr(step, each.field) != each.value and not useless.get(each.field, False)

@@ -15,25 +15,33 @@ def comparison(sweeps: Sequence[Path]) -> str:
     """Markdown: mean and standard deviation over the seeds, in percent, of each sweep's last setting, which is the one
     that its learning rate was chosen for; and of each method the mean over the tasks.
 
-    Raises UserError for a folder that holds no finished sweep, or one that does not score.
+    Raises UserError for a folder that holds no finished sweep, or one that does not score, and for a second sweep of
+    the same method on the same task, for which the table has no place.
     """
     scores: dict[str, dict[str, tuple[float, float | None]]] = {}
     for folder in sweeps:
-        summary = _summary(folder)
-        tested = [spread for name, spread in summary["rows"][-1]["scores"].items() if name.startswith("test ")]
+        method, recipe, tested = _summary(folder)
+        task = recipe.removeprefix("glue-")
         if not tested:
-            raise UserError(f"{folder}: the runs of this sweep were not scored; give them --test-data")
-        scores.setdefault(summary["method"], {})[summary["recipe"].removeprefix("glue-")] = tested[0]
+            how = "give them --test-data" if task in TASKS else "only GLUE's launcher scores what it trains"
+            raise UserError(f"{folder}: the runs of this sweep were not scored; {how}")
+        if task in scores.setdefault(method, {}):
+            raise UserError(f"{folder}: a second sweep of {method} on {task}; compare one of them at a time")
+        scores[method][task] = tested[0]
     tasks = list(dict.fromkeys(task for row in scores.values() for task in row))
     lines = [["method", *tasks, "mean"], ["---"] * (len(tasks) + 2)]
     lines += [_row(method, row, tasks) for method, row in scores.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _summary(folder: Path) -> dict:
+def _summary(folder: Path) -> tuple[str, str, list[tuple[float, float | None]]]:
+    """Method and recipe of a sweep, and the test scores of its last setting."""
     try:
-        return json.loads((folder / SUMMARY).read_text())
-    except (OSError, ValueError):
+        summary = json.loads((folder / SUMMARY).read_text())
+        scores = summary["rows"][-1]["scores"]
+        tested = [(mean, spread) for name, (mean, spread) in scores.items() if name.startswith("test ")]
+        return summary["method"], summary["recipe"], tested
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{folder}: no finished sweep there ({SUMMARY} is missing or damaged)") from None
 
 

@@ -79,6 +79,7 @@ def _lines(plan: Plan, outline: Mapping[str, object]) -> Iterator[str]:
     yield f"steps: {outline['steps'] or 'known when the data are read'}"
     yield f"warm-up: {recipe.warmup_steps} steps"
     yield f"learning rate: {recipe.learning_rate:g}, {recipe.schedule}"
+    yield "environment: " + " ".join(f"{name}={value}" for name, value in plan.environment.items())
     if not memory:
         yield f"memory: {unknown}"
         return

@@ -1,7 +1,7 @@
 """What a planned run will take: its trained share of the parameters, and its memory on each rank."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import psutil
@@ -10,12 +10,14 @@ from torch import nn
 
 from sora_hw.analysis import Memory, Step, changes_that_fit, expected_memory
 from sora_hw.devices.cpu import CPU
+from sora_hw.errors import UserError
+from sora_hw.hardware import Profile
 from sora_hw.training.base_model import BaseModel, skeleton
 from sora_hw.training.deepspeed_config import BUCKET
 from sora_hw.training.environment import whole_number
 from sora_hw.training.methods import add_method
 from sora_hw.training.objectives import objective_of
-from sora_hw.training.plan import Plan
+from sora_hw.training.plan import Plan, check_profile
 from sora_hw.training.saving import trainable_rate
 
 
@@ -58,9 +60,7 @@ def forecast(plan: Plan, base: BaseModel) -> Forecast:
     memory = expect(step)
     changes = []
     if memory.total > available:
-        changes = changes_that_fit(
-            step, available, expect, _micro_batches(plan), has_fused_loss=plan.device.has_fused_loss
-        )
+        changes = changes_that_fit(step, available, expect, _micro_batches(plan), accepts=partial(_accepts, plan))
     return Forecast(trainable_rate(whole), memory, available, changes)
 
 
@@ -85,6 +85,17 @@ def _step(plan: Plan, base: BaseModel) -> Step:
         offload=plan.profile.offload,
         four_bit=plan.profile.four_bit,
     )
+
+
+def _accepts(plan: Plan, step: Step) -> bool:
+    """Whether the plan could be made with the step's settings instead of its own."""
+    names = {each.name for each in fields(Profile)} & {each.name for each in fields(Step)}
+    profile = replace(plan.profile, **{name: getattr(step, name) for name in names})
+    try:
+        check_profile(profile, plan.device, plan.recipe)
+    except UserError:
+        return False
+    return True
 
 
 def _micro_batches(plan: Plan) -> list[int]:

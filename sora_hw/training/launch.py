@@ -22,11 +22,12 @@ from sora_hw.training.sweep import sweep
 from sora_hw.versions import check_versions
 
 USER_ERROR = 2
+INTERRUPTED = 130  # as a shell has it for a program that SIGINT has ended
 FIRST_RANK_SPEAKS = 20  # seconds
 
 
 def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
-    """Run the launcher of the recipes in `module`; its exit code: 0, or 2 for an error of the user's."""
+    """Run the launcher of the recipes in `module`; its exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
     silence()
     try:
         launch(module, argv)
@@ -35,6 +36,10 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
             time.sleep(FIRST_RANK_SPEAKS)
         print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        if rank_here() == 0:
+            print("interrupted; --resume goes on from the last checkpoint, a --sweep by itself", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -46,11 +46,13 @@ def make_plan(request: Request, module: ModuleType) -> Plan:
     """
     device, profile = _hardware(request)
     recipe = _recipe(request, module, profile)
-    profile = _fitted(profile, device, recipe, request)
+    profile = _fitted(profile, recipe, request)
+    check_profile(profile, device, recipe)
     world_size = number_of_ranks() or request.ranks or (request.dry_run and profile.ranks) or 1
     micro_batch = request.profile.get("micro_batch")
     if micro_batch is None:  # the profile's is what fits into memory; a smaller one always does
-        micro_batch = fitting_micro_batch(recipe.global_batch, world_size, profile.micro_batch) or profile.micro_batch
+        # Where none divides the batch, 1 makes the error propose every batch that the ranks could share.
+        micro_batch = fitting_micro_batch(recipe.global_batch, world_size, profile.micro_batch) or 1
     return Plan(recipe, device, profile, batch_plan(recipe.global_batch, world_size, micro_batch))
 
 
@@ -66,7 +68,18 @@ def _hardware(request: Request) -> tuple[Device, Profile]:
             f"--hardware {request.hardware} is for --backend {profile.device}, but the backend is "
             f"{device.type if request.backend == 'auto' else request.backend}; give one that fits the other"
         )
-    profile = replace(profile, **request.profile)
+    return device, replace(profile, **request.profile)
+
+
+def _fitted(profile: Profile, recipe: Recipe, request: Request) -> Profile:
+    """The profile without what the recipe has no use for."""
+    if isinstance(recipe, LanguageModelling):
+        return profile
+    return replace(profile, **{**ENCODER, **request.profile})  # nothing needs to be spared: see hardware.ENCODER
+
+
+def check_profile(profile: Profile, device: Device, recipe: Recipe) -> None:
+    """Raises UserError for what device, recipe and the profile's own values do not let it have."""
     if profile.dtype not in device.dtypes:
         raise UserError(f"--dtype {profile.dtype}: {device.display_name} trains in {' or '.join(device.dtypes)}")
     if profile.zero_stage == 0 and profile.dtype == "bfloat16":
@@ -75,13 +88,6 @@ def _hardware(request: Request) -> tuple[Device, Profile]:
         )
     if profile.offload and device.type == CPU.type:
         raise UserError("--offload moves memory to the host, and on --backend cpu everything is there already")
-    return device, profile
-
-
-def _fitted(profile: Profile, device: Device, recipe: Recipe, request: Request) -> Profile:
-    """The profile without what the recipe has no use for. Raises UserError for what does not go with it."""
-    if not isinstance(recipe, LanguageModelling):  # nothing needs to be spared: see hardware.ENCODER
-        profile = replace(profile, **{**ENCODER, **request.profile})
     if profile.four_bit and recipe.method == FULL:
         raise UserError("--load-in-4bit freezes the base, which --method full trains; give one of them")
     if profile.four_bit and profile.zero_stage == 3:
@@ -90,7 +96,6 @@ def _fitted(profile: Profile, device: Device, recipe: Recipe, request: Request) 
         raise UserError(f"--load-in-4bit: bitsandbytes does not serve the {device.display_name}")
     if profile.fused_loss and not device.has_fused_loss:
         raise UserError(f"--fused-loss: Liger has no kernels for the {device.display_name}; use --no-fused-loss")
-    return profile
 
 
 def _recipe(request: Request, module: ModuleType, profile: Profile) -> Recipe:

@@ -48,11 +48,11 @@ class Row:
 
 def best_learning_rate(outcomes: Sequence[Outcome]) -> float:
     """The learning rate of the best mean over its seeds on the records that were held out: by the task's metric where
-    it has one, otherwise by the loss. A rate with which a run has diverged is out.
+    it has one, otherwise by the loss. A rate with which a run has diverged is out, or has no finite validation loss.
 
     Raises UserError when every rate is.
     """
-    rows = [row for row in rows_of(outcomes) if not row.diverged]
+    rows = [row for row in rows_of(outcomes) if not row.diverged and "validation loss" in row.scores]
     if not rows:
         raise UserError("every learning rate of the sweep has diverged: give a smaller --learning-rate")
     return max(rows, key=_merit).learning_rate

@@ -258,8 +258,8 @@ def sizes(step: Step) -> Memory:
     return Memory(base=base * GIB, activations=step.micro_batch * (1 if step.gradient_checkpointing else 4) * GIB)
 
 
-def fitting(capacity: int, step: Step, **options) -> list[str]:
-    return changes_that_fit(step, capacity * GIB, sizes, [1, 2, 4, 8], has_fused_loss=False, **options)
+def fitting(capacity: int, step: Step, accepts=lambda step: True) -> list[str]:
+    return changes_that_fit(step, capacity * GIB, sizes, [1, 2, 4, 8], accepts=accepts)
 
 
 def test_single_changes_come_in_their_order():
@@ -278,6 +278,15 @@ def test_pairs_where_no_change_alone_is_enough():
         "recompute activations (--gradient-checkpointing) and pack the base model to four bits (--load-in-4bit): "
         "6.0 GiB",
     ]
+
+
+def test_what_the_launcher_refuses_is_not_proposed():
+    step = Step(1, 512, "bfloat16", False, 2, world_size=2)
+    pair = "shard the parameters (--zero-stage 3) and pack the base model to four bits (--load-in-4bit): 5.0 GiB"
+    everything = fitting(5, step)
+    assert pair in everything
+    everything.remove(pair)
+    assert fitting(5, step, accepts=lambda step: not (step.four_bit and step.zero_stage == 3)) == everything
 
 
 def test_nothing_helps_where_nothing_does():

@@ -39,6 +39,22 @@ def test_what_is_no_finished_sweep(tmp_path, capsys):
     (tmp_path / "summary.json").write_text("{")
     assert main(["compare", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    (tmp_path / "summary.json").write_text('{"method": "sora", "recipe": "x", "rows": [{"scores": {}}]}')
-    with pytest.raises(UserError, match="not scored; give them --test-data"):
+    for damaged in ("[]", '{"method": "sora"}', '{"method": "sora", "recipe": "glue-rte", "rows": []}'):
+        (tmp_path / "summary.json").write_text(damaged)
+        with pytest.raises(UserError, match="no finished sweep there"):
+            comparison([tmp_path])
+
+
+@pytest.mark.parametrize(("recipe", "advice"), [("glue-rte", "give them --test-data"), ("metamath", "only GLUE's")])
+def test_what_was_not_scored(tmp_path, recipe, advice):
+    rows = [{"scores": {"validation loss": [0.5, None]}}]
+    (tmp_path / "summary.json").write_text(json.dumps({"method": "sora", "recipe": recipe, "rows": rows}))
+    with pytest.raises(UserError, match=f"not scored; {advice}"):
         comparison([tmp_path])
+
+
+def test_no_sweep_hides_another(tmp_path):
+    """Two rotation ranks are one method: of two such sweeps the table would show the last."""
+    sweeps = [sweep(tmp_path / name, "sora", "rte", [0.5, 0.1]) for name in "ab"]
+    with pytest.raises(UserError, match="b: a second sweep of sora on rte"):
+        comparison(sweeps)

@@ -50,6 +50,16 @@ def everything(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+def test_an_interrupt_is_one_line_that_says_how_to_go_on(good, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sora_hw.training.launch.train", interrupt)
+    assert main(commonsense, good) == 130
+    error = capsys.readouterr().err
+    assert "--resume" in error and error.count("\n") == 1
+
+
 WRONG_VALUES = {
     "--backend tpu": "invalid choice: 'tpu'",
     "--hardware 4x4090": "--hardware 4x4090 is for --backend ",

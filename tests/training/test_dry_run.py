@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,8 @@ def test_the_twelve_combinations(benchmark, hardware, method, recipes, capsys):
     assert abs(float(lines["trainable rate"].removesuffix(" %")) - rates[method == "sora"]) < 0.01
     assert lines["steps"] == str(steps) and lines["warm-up"] == f"{warmup} steps"
     assert lines["learning rate"] == learning_rate
+    variable = {"4x4090": "NCCL_P2P_DISABLE=1", "8x910c": "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True"}[hardware]
+    assert variable in lines["environment"].split()
     batch, *factors = map(int, re.findall(r"\d+", lines["global batch"]))
     assert batch == (32 if benchmark == "glue" else 128) == factors[0] * factors[1] * factors[2] and factors[0] == ranks
     total, available = map(float, re.findall(r"[\d.]+", lines["memory"]))
@@ -95,6 +98,22 @@ def test_every_change_that_is_proposed_makes_it_fit(capsys):
         assert main(commonsense, arguments) == 0
         found = json.loads(capsys.readouterr().out)["memory_bytes"]["total"] / GIB
         assert found == pytest.approx(planned, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["--hardware", "4x4090", "--method", "full", "--zero-stage", "3"], {"four_bit": True}),
+        (["--hardware", "8x910c", "--no-gradient-checkpointing"], {"four_bit": True}),
+    ],
+)
+def test_no_change_is_proposed_that_the_launcher_would_refuse(arguments, refused, capsys, monkeypatch):
+    def fake(step, *rest, accepts):
+        return [f"this: {accepts(step)}", f"that: {accepts(replace(step, **refused))}"]
+
+    monkeypatch.setattr("sora_hw.training.forecast.changes_that_fit", fake)
+    assert main(commonsense, ["--dry-run", *arguments]) == 2
+    assert capsys.readouterr().err.endswith("this: True; or that: False\n")
 
 
 def test_a_model_whose_configuration_does_not_come_with_the_package(capsys):

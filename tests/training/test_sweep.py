@@ -121,6 +121,7 @@ def test_the_best_is_that_of_the_metric_or_else_of_the_loss():
     assert best_learning_rate(tried) == 2e-3
     assert best_learning_rate([outcome(1e-3, 0, results(0.1)), outcome(2e-3, 0, results(0.9))]) == 1e-3
     assert best_learning_rate([outcome(1e-3, 0, None), outcome(2e-3, 0, results(0.9))]) == 2e-3
+    assert best_learning_rate([outcome(1e-3, 0, results(None)), outcome(2e-3, 0, results(0.9))]) == 2e-3
     with pytest.raises(UserError, match="every learning rate of the sweep has diverged"):
         best_learning_rate([outcome(1e-3, 0, None)])
 
