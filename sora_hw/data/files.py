@@ -83,14 +83,13 @@ def read_rows(sources: Sequence[str | Path], split: str = "train", subset: str |
 
 
 def _read_source(source: str | Path, split: str, subset: str | None) -> list[Row]:
-    path = Path(source)
-    if _is_hub_id(str(source)) and not path.exists():
-        return _hub_rows(str(source), split, subset)
-    return _file_rows(path)
+    return _hub_rows(str(source), split, subset) if is_on_hub(source) else _file_rows(Path(source))
 
 
-def _is_hub_id(source: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) is not None and not source.lower().endswith(SUFFIXES)
+def is_on_hub(source: str | Path) -> bool:
+    """Whether a source is the id of a data set on the hub: "owner/name", unless that is a file, or named like one."""
+    reads_so = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source), re.ASCII) and not Path(source).exists()
+    return bool(reads_so) and not str(source).lower().endswith(SUFFIXES)
 
 
 def _hub_rows(name: str, split: str, subset: str | None) -> list[Row]:

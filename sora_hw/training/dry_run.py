@@ -3,11 +3,11 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
-from pathlib import Path
 
 from rich.console import Console
 
 from sora_hw.analysis import Memory
+from sora_hw.data.files import is_on_hub
 from sora_hw.data.glue import TASKS
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import Classification, Recipe
@@ -94,14 +94,14 @@ def _gib(size: int) -> str:
 
 def _known_steps(recipe: Recipe) -> int | None:
     """The steps of a run whose samples have not been made; None where they depend on data that are on the hub."""
-    if recipe.max_steps:
-        return recipe.max_steps
-    if all(Path(source).exists() for source in recipe.train_data):
+    if not any(map(is_on_hub, recipe.train_data)):
         size = len(objective_of(recipe).training_records())
     elif isinstance(recipe, Classification):
         size = TASKS[recipe.task].training_records
     else:
-        return None
+        size = None
+    if recipe.max_steps or size is None:
+        return recipe.max_steps
     return recipe.steps(min(recipe.records or size, size) - recipe.validation_size)
 
 

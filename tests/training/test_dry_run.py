@@ -131,6 +131,8 @@ def test_the_steps_of_own_data_follow_from_them(capsys, tmp_path_factory):
     file.write_text('{"sentence1": "a"}')
     assert main(glue, ["--dry-run", "--json", "--hardware", "4x4090", "--train-data", str(file)]) == 2
     assert "rte.jsonl: line 1: " in capsys.readouterr().err
+    assert main(commonsense, ["--dry-run", "--hardware", "4x4090", "--train-data", "missing.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith("error: missing.jsonl")
 
 
 def test_plan_is_the_dry_run(capsys):
