@@ -74,7 +74,7 @@ def plan(arguments: argparse.Namespace, console: Console) -> int:
 
 def compare(arguments: argparse.Namespace, console: Console) -> int:
     """Print the table of finished sweeps, as Markdown."""
-    from sora_hw.evaluation.comparison import comparison
+    from sora_hw.finished.comparison import comparison
 
     console.print(comparison(arguments.sweeps), markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -7,7 +7,7 @@ import pytest
 from sora_hw.cli import main
 from sora_hw.data.glue import TASKS
 from sora_hw.errors import UserError
-from sora_hw.evaluation.comparison import comparison
+from sora_hw.finished.comparison import comparison
 
 
 def sweep(folder, method, task, *scores):

@@ -7,8 +7,7 @@ from pathlib import Path
 from sora_hw.data.glue import TASKS
 from sora_hw.errors import UserError
 from sora_hw.recipes.published import GLUE, GLUE_AVERAGE
-
-SUMMARY = "summary.json"  # as `sora_hw.training.sweep_report` leaves it
+from sora_hw.training.sweep_report import SUMMARY
 
 
 def comparison(sweeps: Sequence[Path]) -> str:
@@ -37,12 +36,12 @@ def comparison(sweeps: Sequence[Path]) -> str:
 def _summary(folder: Path) -> tuple[str, str, list[tuple[float, float | None]]]:
     """Method and recipe of a sweep, and the test scores of its last setting."""
     try:
-        summary = json.loads((folder / SUMMARY).read_text())
+        summary = json.loads((folder / f"{SUMMARY}.json").read_text())
         scores = summary["rows"][-1]["scores"]
         tested = [(mean, spread) for name, (mean, spread) in scores.items() if name.startswith("test ")]
         return summary["method"], summary["recipe"], tested
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{folder}: no finished sweep there ({SUMMARY} is missing or damaged)") from None
+        raise UserError(f"{folder}: no finished sweep there ({SUMMARY}.json is missing or damaged)") from None
 
 
 def _row(method: str, row: dict[str, tuple[float, float | None]], tasks: Sequence[str]) -> list[str]:

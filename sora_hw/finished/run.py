@@ -1,0 +1,85 @@
+"""A run as it lies on the disk: which recipe it followed, what it trained, how it went."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+from sora_hw.errors import UserError
+from sora_hw.recipes.recipe import FULL, Classification, LanguageModelling, Recipe
+from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL, STATE
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder and what its run.json says.
+
+    `manifest` holds what `sora_hw.training.run` wrote; `recipe` is the recipe it resolved to.
+    """
+
+    path: Path
+    manifest: Mapping[str, object]
+    recipe: Recipe
+
+    @property
+    def status(self) -> str:
+        """ "started", "finished" or "diverged"."""
+        return str(self.manifest.get("status"))
+
+    @property
+    def trained(self) -> Path:
+        """The folder of the adapter or, after full fine-tuning, of the model. Raises UserError where there is none."""
+        folder = self.path / (MODEL if self.recipe.method == FULL else ADAPTER)
+        if not folder.is_dir():
+            raise UserError(f"{self.path}: the run has left no {folder.name}/ (its status: {self.status})")
+        return folder
+
+    @cached_property
+    def history(self) -> list[dict[str, float]]:
+        """What the run logged, in the order of its steps: `step`, and `loss` with `learning_rate`, or `eval_loss`.
+
+        Empty where the run has not saved its state yet. Raises UserError where that is damaged.
+        """
+        file = self.path / STATE
+        if not file.exists():
+            return []
+        try:
+            return list(json.loads(file.read_text())["log_history"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{file} is damaged") from None
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """The run in `folder`. Raises UserError where there is none, or its run.json is damaged or of another version."""
+    file = folder / MANIFEST
+    if not file.exists():
+        raise UserError(f"{folder}: no run there (it has no {MANIFEST})")
+    try:
+        manifest = json.loads(file.read_text())
+        values = dict(manifest["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged") from None
+    kind = Classification if "task" in values else LanguageModelling
+    known = {field.name for field in fields(kind)}
+    if known != set(values):
+        differing = ", ".join(sorted(known ^ set(values)))
+        raise UserError(f"{file}: its recipe is of another version of sora_hw (differing: {differing})")
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return FinishedRun(folder, manifest, kind(**{**values, **lists}))
+
+
+def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
+    """The runs in `folders`, each of which holds one, or is that of a sweep and holds several.
+
+    Raises UserError for a folder with neither.
+    """
+    runs = []
+    for folder in folders:
+        inside = (
+            [folder] if (folder / MANIFEST).exists() else sorted(each.parent for each in folder.glob(f"*/{MANIFEST}"))
+        )
+        if not inside:
+            raise UserError(f"{folder}: neither a run nor a sweep (no {MANIFEST} in it or one folder below)")
+        runs += map(read_run, inside)
+    return runs

@@ -1,0 +1,46 @@
+"""The scores of a run on disk: RUN/scores/scores.json, which scoring writes and tables, comparison and report read."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sora_hw.errors import UserError
+
+FOLDER, FILE = "scores", "scores.json"
+LIKELIHOOD, GENERATION = "likelihood", "generation"  # protocols: the harness' log-likelihoods; LLM-Adapters' answers
+ACCURACY, NORMALISED, STRICT = "accuracy", "accuracy normalised by length", "strict accuracy"  # metrics
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: a share between 0 and 1 of `records`.
+
+    `task` is a name of `sora_hw.evaluation.tasks`.
+    """
+
+    protocol: str
+    task: str
+    metric: str
+    value: float
+    records: int
+
+
+def write_scores(folder: Path, scores: Sequence[Score], facts: Mapping[str, object]) -> None:
+    """Write scores.json into `folder`, whole or not at all; `facts` say what was scored, where, and on which data."""
+    content = {**facts, "scores": [asdict(score) for score in scores]}
+    aside = folder / f"{FILE}.part"
+    aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(aside, folder / FILE)
+
+
+def read_scores(folder: Path) -> list[Score]:
+    """The scores in `folder`; none where it has not been scored. Raises UserError where the file is damaged."""
+    file = folder / FILE
+    if not file.exists():
+        return []
+    try:
+        return [Score(**score) for score in json.loads(file.read_text())["scores"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged; score the run again") from None
