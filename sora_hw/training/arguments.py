@@ -14,6 +14,7 @@ from sora_hw.recipes.recipe import DATA, MODEL, OPTIMISATION, RUN, Recipe
 
 HARDWARE = "hardware"
 NEWEST = "auto"  # --resume without a path
+TENSORBOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Request:
     sweep: bool
     dry_run: bool
     as_json: bool
+    report_to: str
     ranks: int | None
     argv: tuple[str, ...]
 
@@ -64,6 +66,7 @@ def parse(module: ModuleType, argv: Sequence[str] | None = None, ranks: int | No
         sweep=given["sweep"],
         dry_run=given["dry_run"],
         as_json=given["json"],
+        report_to=given["report_to"],
         ranks=ranks,
         argv=tuple(argv),
     )
@@ -111,6 +114,12 @@ def _add_run_flags(group) -> None:
         "--sweep",
         action="store_true",
         help="one run for each learning rate, seed and rank of the paper's grid; a value that is given stays fixed",
+    )
+    group.add_argument(
+        "--report-to",
+        choices=("none", TENSORBOARD),
+        default="none",
+        help="where the log also goes, beside trainer_state.json [none]",
     )
     group.add_argument(
         "--dry-run",

@@ -35,28 +35,48 @@ class LastLoss(TrainerCallback):
 class Clock(TrainerCallback):
     """Counts passes over the data and measures the time and the tokens of the steps that this process ran.
 
-    `tokens` are those of each optimiser step over all ranks, `samples` the size of the training data.
+    `tokens` are those of each optimiser step over all ranks, `samples` the size of the training data. For the log, the
+    speed since the last entry is measured too, without the pauses for validation and checkpoints.
     """
 
     def __init__(self, tokens: Sequence[int], samples: int, global_batch: int):
         self.tokens_until = [0, *accumulate(tokens)]
         self.passes_per_step = global_batch / samples
-        self.first = self.last = 0
+        self.first = self.last = self.logged = 0
         self.started = self.elapsed = 0.0
+        self.stopped = self.since = 0.0  # when training last paused; when the interval since the last entry began
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.first = self.last = state.global_step
-        self.started = time.monotonic()
+        self.first = self.last = self.logged = state.global_step
+        self.started = self.stopped = self.since = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.last, self.elapsed = state.global_step, time.monotonic() - self.started
+        self.stopped = time.monotonic()
+        self.last, self.elapsed = state.global_step, self.stopped - self.started
         state.epoch = state.global_step * self.passes_per_step  # the Trainer takes the whole order for one epoch
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._go_on()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._go_on()
+
+    def _go_on(self) -> None:
+        now = time.monotonic()
+        self.since += now - self.stopped
+        self.stopped = now
 
     @property
     def tokens_per_second(self) -> float:
         """Over all ranks, since the start of training; validation and checkpoints count as time."""
         tokens = self.tokens_until[self.last] - self.tokens_until[self.first]
         return tokens / self.elapsed if self.elapsed else 0.0
+
+    def lap(self) -> float:
+        """Tokens per second over all ranks since the last lap, pauses left out."""
+        tokens, seconds = self.tokens_until[self.last] - self.tokens_until[self.logged], self.stopped - self.since
+        self.logged, self.since = self.last, self.stopped
+        return tokens / seconds if seconds else 0.0
 
     def seconds_left(self) -> float:
         """At the pace so far."""

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import EMBEDDED
-from sora_hw.training.arguments import Request
+from sora_hw.training.arguments import TENSORBOARD, Request
 from sora_hw.training.base_model import (
     BaseModel,
     check_fused_loss,
@@ -29,7 +30,7 @@ from sora_hw.training.plan import Plan
 from sora_hw.training.prepare import Prepared, prepare
 from sora_hw.training.ranks import start
 from sora_hw.training.report import draw_losses, facts, now, print_results, what_runs
-from sora_hw.training.run_folder import CURVE, RunFolder, fingerprint, open_folder
+from sora_hw.training.run_folder import CURVE, EVENTS, RunFolder, fingerprint, open_folder
 from sora_hw.training.saving import save_trained, trainable_rate
 from sora_hw.training.trainer import build_trainer, training_arguments
 
@@ -69,6 +70,8 @@ class Job:
 
 def check(request: Request, plan: Plan) -> Job:
     """Model, data and output folder, looked at before any of them is touched. Raises UserError."""
+    if request.report_to == TENSORBOARD and not is_tensorboard_available():
+        raise UserError("--report-to tensorboard: it is not installed; pip install 'sora_hw[report]'")
     objective = objective_of(plan.recipe)
     base = find(plan.recipe.model, objective)
     largest_tensor = check_model(base, plan.recipe)
@@ -125,6 +128,7 @@ def train(job: Job, console: Console) -> None:
 
     trainer.train(resume_from_checkpoint=str(job.folder.checkpoint) if job.folder.checkpoint else None)
     if not math.isfinite(final_loss(trainer)):
+        trainer.save_state()
         if main_rank:
             job.folder.write_manifest({**manifest, "status": "diverged", "finished": now()})
         raise Diverged(
@@ -147,7 +151,15 @@ def make_trainer(job: Job, clock: Clock, console: Console) -> Trainer:
     check_loaded(base, job.plan)
     model = add_method(base, job.plan.recipe, job.objective.task_type)
     callbacks = [clock, LastLoss()] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
-    trainer = build_trainer(model, arguments, job.tokenizer, job.objective, job.data, callbacks)
+    if job.request.report_to == TENSORBOARD:
+        board = TensorBoardCallback()
+        board.logging_dir = str(job.folder.path / EVENTS)  # in the place of a folder named after date and machine
+        callbacks.append(board)
+
+    def measure() -> dict[str, float]:
+        return {"tokens_per_second": clock.lap(), "peak_memory_gib": job.plan.device.peak_memory_bytes() / 2**30}
+
+    trainer = build_trainer(model, arguments, job.tokenizer, job.objective, job.data, callbacks, measure)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(EngineCheck(trainer, job.plan))
     return trainer

@@ -1,5 +1,6 @@
 """The Trainer of transformers, set up so that a run's losses do not depend on how many ranks share its batches."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -68,12 +69,15 @@ def training_arguments(plan: Plan, steps: int, folder: Path, deepspeed: dict[str
 
 
 class MethodTrainer(Trainer):
-    """A Trainer with the optimiser of the recipe's method. One that is merely passed to it the Trainer forgets, without
-    a word, when DeepSpeed starts."""
+    """A Trainer with the optimiser of the recipe's method, and with what `measure` gives beside each logged loss. An
+    optimiser that is merely passed to it the Trainer forgets, without a word, when DeepSpeed starts."""
 
-    def __init__(self, recipe: Recipe, **options):
+    def __init__(self, recipe: Recipe, measure: Callable[[], Mapping[str, float]], **options):
         super().__init__(**options)
-        self.recipe = recipe
+        self.recipe, self.measure = recipe, measure
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, **self.measure()} if "loss" in logs else logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -88,10 +92,13 @@ def build_trainer(
     objective: Objective,
     data: Prepared,
     callbacks: list[TrainerCallback],
+    measure: Callable[[], Mapping[str, float]],
 ) -> Trainer:
-    """A Trainer that takes the training samples in their order, one after the other, over all ranks together."""
+    """A Trainer that takes the training samples in their order, one after the other, over all ranks together, and logs
+    what `measure` gives with each loss."""
     return MethodTrainer(
         objective.recipe,
+        measure,
         model=model,
         args=arguments,
         train_dataset=Subset(data.training, data.order),

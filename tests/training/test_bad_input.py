@@ -338,6 +338,13 @@ def test_a_run_that_cannot_be_resumed_safely(folder, good, interrupted, capfd):
     assert "run.json is missing or damaged" in refused([*good, "--resume", checkpoint], capfd)
 
 
+def test_tensorboard_that_is_not_installed(folder, good, monkeypatch, capfd):
+    monkeypatch.setattr("sora_hw.training.run.is_tensorboard_available", lambda: False)
+    wanted = "error: --report-to tensorboard: it is not installed; pip install 'sora_hw[report]'\n"
+    assert refused([*good, "--report-to", "tensorboard"], capfd) == wanted
+    assert everything(folder) == {}
+
+
 def test_the_process_ends_with_2_and_one_line(folder, launch, good):
     done = launch(0, *good, "--rank", "0", cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
@@ -360,6 +367,8 @@ def test_a_run_that_diverges_says_so_and_leaves_no_adapter(folder, launch, good)
     assert done.returncode == 2
     assert done.stderr.startswith("error: the loss of step 3 is nan: the run has diverged, and no adapter was saved")
     assert json.loads((folder / "out" / "run.json").read_text())["status"] == "diverged"
+    history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3], "how it went is kept"
     assert not (folder / "out" / "adapter").exists()
 
 

@@ -23,7 +23,11 @@ def clock(monkeypatch):
         clock.on_step_end(None, state, None)
         return state
 
-    clock.finish_step = finish_step
+    def pause(event, until):
+        now["time"] = until
+        event(None, None, None)
+
+    clock.finish_step, clock.pause = finish_step, pause
     return clock
 
 
@@ -33,6 +37,19 @@ def test_the_clock_counts_only_what_this_process_ran(clock):
     assert clock.tokens_per_second == pytest.approx(2 * 100 / 4)
     assert clock.seconds_left() == pytest.approx(4 * 2)
     assert state.epoch == pytest.approx(6 * 8 / 40)
+
+
+def test_a_lap_is_the_speed_since_the_last_one_without_the_pauses(clock):
+    clock.finish_step(5, 52.0)
+    assert clock.lap() == pytest.approx(100 / 2)
+    clock.pause(clock.on_evaluate, 60.0)
+    clock.finish_step(6, 61.0)
+    clock.pause(clock.on_save, 70.0)
+    clock.pause(clock.on_evaluate, 75.0)
+    clock.finish_step(7, 78.0)
+    assert clock.lap() == pytest.approx(2 * 100 / (1 + 3))
+    assert clock.lap() == 0, "no step since"
+    assert clock.tokens_per_second == pytest.approx(3 * 100 / 28), "the whole run's speed counts them"
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(clock):

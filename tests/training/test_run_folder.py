@@ -24,6 +24,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
         "adapter/adapter_config.json",
         "loss.png",
         "trainer_state.json",
+        "tensorboard/events.out",
         "checkpoint-5/trainer_state.json",
     ]
     own = ["notes.txt", "checkpoint-notes/mine.txt", "adapters/mine.txt"]
