@@ -1,0 +1,190 @@
+"""The parts that a page is put together from, and how they become HTML: one file that needs nothing else.
+
+Whatever comes from a run's files is text to the browser: Jinja escapes it. What looks like a secret is left out.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from sora_hw.errors import UserError
+from sora_hw.finished.tables import Table
+
+HIDDEN = "(hidden)"
+# Access tokens by their makers' prefixes, JSON web tokens, and what stands before the @ of an address.
+SECRETS = re.compile(
+    r"\b(hf_|api_org_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ms-)[\w-]{8,}"
+    r"|\beyJ[\w-]+\.[\w-]+\.[\w-]+|(?<=://)[^/\s@]+@|(?<=Bearer )\S+"
+)
+SECRET_NAMES = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
+
+
+class Block(Protocol):
+    """A part of a section; `kind` names what in page.html draws it."""
+
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A key figure."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Key figures beside one another."""
+
+    kind: ClassVar[str] = "cards"
+    cards: Sequence[Card]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text; the first column names the rows. `colours` mark the rows as in the charts."""
+
+    kind: ClassVar[str] = "grid"
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    colours: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A table of ours beside the paper's."""
+
+    kind: ClassVar[str] = "scores"
+    table: Table
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A share between 0 and 1 of the longest bar, and what it says."""
+
+    label: str
+    share: float
+    text: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Values that are compared by their length."""
+
+    kind: ClassVar[str] = "bars"
+    title: str
+    bars: Sequence[Bar]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence, and the command that would make what is missing."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as a machine reads or writes it."""
+
+    kind: ClassVar[str] = "code"
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """Blocks beside one another, as many as there is room for."""
+
+    kind: ClassVar[str] = "side"
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Blocks that are shown when they are asked for."""
+
+    kind: ClassVar[str] = "details"
+    summary: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole page; `state` is how the run ended, in a word for the eye and a sentence for the rest."""
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+    colour: str
+    state: str = ""
+    warning: str = ""
+
+
+def table_of(values: Mapping[str, object], title: str = "") -> Grid:
+    """Names and values; a value whose name speaks of a secret stays hidden."""
+    rows = [[name, HIDDEN if SECRET_NAMES.search(name) else shown(value)] for name, value in values.items()]
+    return Grid((), rows, title)
+
+
+def shown(value: object) -> str:
+    """A value of JSON as a reader writes it."""
+    if value is None or value == "" or value == [] or value == {}:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def without_secrets(text: str) -> str:
+    """`text`, with what looks like an access token taken out."""
+    return SECRETS.sub(HIDDEN, text)
+
+
+def html(page: Page) -> str:
+    """The page as one HTML document."""
+    room = files(__package__)
+    environment = Environment(
+        autoescape=True, finalize=_clean, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    template = environment.from_string((room / "page.html").read_text(encoding="utf-8"))
+    return template.render(page=page, style=Markup((room / "page.css").read_text(encoding="utf-8")))
+
+
+def _clean(value: object) -> object:
+    """What the template writes: text without secrets; its own markup is made of such text."""
+    return without_secrets(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def write_page(page: Page, file: Path) -> None:
+    """Write the page whole or not at all. Raises UserError where it cannot be written."""
+    aside = file.with_name(f"{file.name}.part")
+    try:
+        aside.write_text(html(page), encoding="utf-8")
+        os.replace(aside, file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{file} cannot be written ({error.strerror})") from None
