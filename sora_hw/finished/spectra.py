@@ -70,9 +70,7 @@ def read_spectrum(run: FinishedRun) -> Spectrum | None:
         if content["version"] != VERSION:
             return None
         layers = [
-            LayerSpectrum(
-                **{**each, "shape": tuple(each["shape"]), "singular_values": tuple(each["singular_values"])}
-            )
+            LayerSpectrum(**{**each, "shape": tuple(each["shape"]), "singular_values": tuple(each["singular_values"])})
             for each in content["layers"]
         ]
         return Spectrum(content["method"], content["recipe"], content["seed"], content["trained"], layers)
