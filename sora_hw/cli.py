@@ -3,6 +3,7 @@
     sora-hw doctor      what this machine has, what is missing, and what to do about it
     sora-hw plan        what a launcher would do, whether it fits, and the variables for several machines
     sora-hw compare     sweeps beside one another and beside the paper
+    sora-hw report      a run, or several beside one another, as one HTML page
 
 A subcommand is a function `(arguments, console) -> exit code`, added in `_parser`. Exit codes: 0 for success, 1 for a
 finding that the subcommand exists to report, 2 for an error of the user's.
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("compare", help="sweeps beside one another and beside the paper")
     command.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="folder of a sweep")
     command.set_defaults(run=compare)
+    command = commands.add_parser("report", help="a run, or several beside one another, as one HTML page")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a sweep")
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page [report.html, in the run's folder; of several, here]"
+    )
+    command.set_defaults(run=report)
     return parser
 
 
@@ -77,6 +84,16 @@ def compare(arguments: argparse.Namespace, console: Console) -> int:
     from sora_hw.finished.comparison import comparison
 
     console.print(comparison(arguments.sweeps), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def report(arguments: argparse.Namespace, console: Console) -> int:
+    """Write the page and print where it lies."""
+    from sora_hw.finished.report import write_report
+    from sora_hw.finished.run import read_runs
+
+    file = write_report(read_runs(arguments.runs), arguments.output)
+    console.print(f"{file}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, Classification, LanguageModelling, Recipe
-from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL, STATE
+from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL, STATE, newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class FinishedRun:
 
     @cached_property
     def history(self) -> list[dict[str, float]]:
-        """What the run logged, in the order of its steps: `step`, and `loss` with `learning_rate`, or `eval_loss`.
+        """What the run logged, in the order of its steps: `step`, and `loss` with `learning_rate`, `tokens_per_second`
+        and `peak_memory_gib`, or `eval_loss`.
 
-        Empty where the run has not saved its state yet. Raises UserError where that is damaged.
+        Of a run that has not finished, what its newest checkpoint knows; empty where there is none. Raises UserError
+        where the file is damaged.
         """
-        file = self.path / STATE
+        checkpoint = newest_checkpoint(self.path)
+        file = checkpoint / STATE if checkpoint and self.status == "started" else self.path / STATE
         if not file.exists():
             return []
         try:

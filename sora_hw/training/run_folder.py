@@ -17,6 +17,7 @@ from sora_hw.training.plan import Plan
 MANIFEST, CURVE, STATE = "run.json", "loss.png", "trainer_state.json"
 ADAPTER, MODEL = "adapter", "model"  # what was trained
 EVENTS = "tensorboard"
+REPORT = "report.html"
 RUNS = Path("runs")
 
 
@@ -144,7 +145,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 def _traces(path: Path) -> list[Path]:
     """What a run has left in `path`."""
-    named = [path / name for name in (MANIFEST, ADAPTER, MODEL, CURVE, STATE, EVENTS)]
+    named = [path / name for name in (MANIFEST, ADAPTER, MODEL, CURVE, STATE, EVENTS, REPORT)]
     return [entry for entry in named if entry.exists()] + _checkpoints(path)
 
 

@@ -199,8 +199,8 @@ def _apart(low: float, high: float) -> tuple[float, float]:
 
 
 def _round_values(low: float, high: float, whole: bool = False) -> list[float]:
-    """About five round numbers between the two."""
-    locator = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=whole)
+    """A handful of round numbers between the two."""
+    locator = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 3, 5, 10], integer=whole)
     # Differences of round numbers carry errors of rounding, which `plain` would show.
     return [float(f"{value:.10g}") for value in locator.tick_values(low, high) if low <= value <= high]
 

@@ -38,6 +38,7 @@ class Card:
 
     label: str
     value: str
+    unit: str = ""
     note: str = ""
 
 
@@ -107,10 +108,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Side:
-    """Blocks beside one another, as many as there is room for."""
+    """Blocks beside one another, as many as there is room for; with `flow` they fill columns of their own heights."""
 
     kind: ClassVar[str] = "side"
     blocks: Sequence[Block]
+    flow: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def table_of(values: Mapping[str, object], title: str = "") -> Grid:
 
 def shown(value: object) -> str:
     """A value of JSON as a reader writes it."""
-    if value is None or value == "" or value == [] or value == {}:
+    if value in (None, "", [], (), {}):
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -1,0 +1,205 @@
+"""The page of one run: how it went, what it scored, what it has done to the weights, and how to repeat it."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+
+from sora_hw.analysis.figures import COLOURS
+from sora_hw.finished.report.charts import Chart, Line
+from sora_hw.finished.report.measured import Measured, tables
+from sora_hw.finished.report.page import (
+    Bar,
+    Bars,
+    Block,
+    Cards,
+    Code,
+    Details,
+    Grid,
+    Note,
+    Page,
+    Scores,
+    Section,
+    Side,
+    shown,
+    table_of,
+)
+from sora_hw.finished.run import FinishedRun
+from sora_hw.recipes.recipe import DATA, MODEL, OPTIMISATION, RUN
+
+SECOND = COLOURS["post_ortho"]  # beside the method's own colour
+PLAIN = COLOURS["full"]
+NO_LOSSES = "No losses yet: they are written with the first checkpoint."
+NO_SPEED = "The log of this run holds no throughput and no memory; the runs of this version do."
+
+
+def page_of(run: FinishedRun) -> Page:
+    """The page. Raises UserError for a damaged file."""
+    measured = Measured(run)
+    sections = [
+        Section("Key figures", [Cards(measured.cards)]),
+        Section("Training", list(_training(measured))),
+        Section("Scores", list(_scores(measured))),
+        Section("What it has done to the weights", list(_spectra(measured))),
+        Section("Configuration", [Side(_recipe(run), flow=True)]),
+        Section("To repeat it", list(_origin(run))),
+    ]
+    manifest = run.manifest
+    facts = [run.recipe.name, manifest.get("device_name"), _minute(manifest.get("started")), run.path]
+    subtitle = " · ".join(str(fact) for fact in facts if fact)
+    state = run.status if run.status in ("finished", "diverged") else "unfinished"
+    return Page(f"{measured.method} on {measured.model}", subtitle, sections, measured.colour, state, _warning(measured))
+
+
+def _minute(time: object) -> str:
+    """ "2026-11-26 18:20 UTC" of run.json's time."""
+    return f"{time[:16].replace('T', ' ')} UTC" if isinstance(time, str) else ""
+
+
+def _warning(measured: Measured) -> str:
+    done, planned = measured.steps
+    if measured.run.status == "diverged":
+        where = f" at step {measured.not_finite:,}" if measured.not_finite else ""
+        return (
+            f"This run has diverged: its loss was no longer finite{where}, and no adapter was saved. A smaller "
+            "--learning-rate or more --warmup-steps may help."
+        )
+    if measured.run.status != "finished":
+        return (
+            f"This run has not finished: it is still going on, or was stopped. Shown is what its newest checkpoint knows "
+            f"(step {done:,} of {planned or '?'}); --resume goes on from there."
+        )
+    return ""
+
+
+def _training(measured: Measured) -> Iterator[Block]:
+    losses, own = measured.curve("loss"), measured.colour
+    if not losses:
+        yield Note(NO_LOSSES)
+        return
+    lines = [Line("training", losses, own)]
+    if validation := measured.curve("eval_loss"):
+        lines.append(Line("validation", validation, SECOND if own != SECOND else PLAIN, dots=True))
+    step = "optimiser step"
+    charts = [
+        Chart("Loss", measured.loss_unit, step, lines, may_log=True, wide=True),
+        Chart("Learning rate", "AdamW", step, [Line("learning rate", measured.curve("learning_rate"), PLAIN)], True),
+    ]
+    speeds, memory = measured.curve("tokens_per_second"), measured.curve("peak_memory_gib")
+    if speeds and memory:
+        charts += [
+            Chart("Throughput", "tokens/s", step, [Line("throughput", speeds, own)], True, show="{:,.0f}".format),
+            Chart("Peak memory so far", "GiB on rank 0", step, [Line("memory", memory, own)], True),
+        ]
+    if gradients := [point for point in measured.curve("grad_norm") if point[1] is not None]:
+        line = Line("gradient norm", gradients, PLAIN)
+        charts.append(Chart("Gradient norm", "before clipping", step, [line], may_log=True))
+    yield Side(charts)
+    if not (speeds and memory):
+        yield Note(NO_SPEED)
+
+
+def _scores(measured: Measured) -> Iterator[Block]:
+    found = tables([measured.run])
+    yield from map(Scores, found)
+    if demo := measured.results.get("embedded_questions"):
+        bars = [
+            Bar(label, demo[name], f"{demo[name]:.1%}", colour)
+            for label, name, colour in (
+                ("by chance", "chance", PLAIN),
+                ("before", "before", PLAIN),
+                ("after", "after", measured.colour),
+            )
+        ]
+        yield Bars(f"{demo['questions']} held-out questions, answered correctly", bars)
+    if not found:
+        command = f"python launchers/score.py --adapter {shlex.quote(str(measured.run.path))}"
+        yield Note("No scores beside the paper's yet. To score the run:", command)
+
+
+def _spectra(measured: Measured) -> Iterator[Block]:
+    spectrum = measured.spectrum
+    if spectrum is None:
+        yield Note("No spectra yet. To compute them:", f"sora-hw spectrum {shlex.quote(str(measured.run.path))}")
+        return
+    entropies = [(float(index), layer.entropy) for index, layer in enumerate(spectrum.layers, 1)]
+    ranks = [(float(index), layer.stable_rank) for index, layer in enumerate(spectrum.layers, 1)]
+    layer, own = "layer, in the model's order", measured.colour
+    yield Side(
+        [
+            Chart("Singular-value entropy", "nats", layer, [Line("entropy", entropies, own, dots=True)], True),
+            Chart("Stable rank", "of dW", layer, [Line("stable rank", ranks, own, dots=True)], True),
+            Chart(
+                "Singular values",
+                "of the layer's largest",
+                "number of the singular value",
+                spectrum_lines(measured),
+                may_log=True,
+            ),
+        ]
+    )
+    rows = [
+        [each.name, "x".join(map(str, each.shape)), f"{each.entropy:.3f}", f"{each.stable_rank:.2f}", f"{each.norm:.4g}"]
+        for each in spectrum.layers
+    ]
+    header = ["layer", "shape", "entropy, nats", "stable rank", "norm of dW"]
+    yield Details("Every layer", [Grid(header, rows)])
+
+
+def spectrum_lines(measured: Measured) -> list[Line]:
+    """The lowest, the middle and the highest entropy's layer: their singular values as shares of the largest."""
+    ordered = sorted(measured.spectrum.layers, key=lambda layer: layer.entropy)
+    chosen = {"lowest entropy": ordered[0], "median": ordered[len(ordered) // 2], "highest": ordered[-1]}
+    colours = (PLAIN, measured.colour, SECOND if measured.colour != SECOND else COLOURS["lora"])
+    lines = []
+    for (label, layer), colour in zip(chosen.items(), colours, strict=True):
+        largest = layer.singular_values[0]
+        shares = [(float(index), value / largest) for index, value in enumerate(layer.singular_values, 1)]
+        lines.append(Line(f"{label}: {layer.name}", [point for point in shares if point[1] > 0], colour))
+    return lines
+
+
+def _recipe(run: FinishedRun) -> list[Block]:
+    """The recipe's values, grouped as in the launcher's --help."""
+    grids = []
+    for group in (MODEL, DATA, RUN, OPTIMISATION):  # by height, for three columns
+        names = [field.name for field in fields(run.recipe) if field.metadata.get("group") == group]
+        grids.append(table_of({name.replace("_", " "): getattr(run.recipe, name) for name in names}, group))
+    return grids
+
+
+def _origin(run: FinishedRun) -> Iterator[Block]:
+    """What else decides the run's numbers, most of it behind a click."""
+    manifest = run.manifest
+    data: Mapping[str, object] = manifest.get("data") or {}
+    facts = {
+        "git commit": manifest.get("git_commit"),
+        "training data, SHA-256": data.get("checksum"),
+        "training samples": data.get("training_samples"),
+        "validation samples": data.get("validation_samples"),
+        "cut at the longest length": data.get("truncated"),
+        "left out": data.get("left_out"),
+        "started": manifest.get("started"),
+        "finished": manifest.get("finished"),
+        "resumed from": manifest.get("resumed_from"),
+    }
+    yield table_of(facts)
+    yield Code("The launcher's arguments", shlex.join(map(str, manifest.get("argv") or [])) or shown(None))
+    hardware = {"device": manifest.get("device_name"), "kernels": manifest.get("kernels")}
+    hardware |= {**(manifest.get("profile") or {}), **(manifest.get("batch") or {})}
+    hardware.pop("environment", None)
+    yield Details(
+        "Hardware, versions, environment, DeepSpeed",
+        [
+            Side(
+                [
+                    table_of({name.replace("_", " "): value for name, value in hardware.items()}, "hardware"),
+                    table_of(manifest.get("versions") or {}, "versions"),
+                    table_of(manifest.get("environment") or {}, "variables that the run has set"),
+                    table_of(manifest.get("device_settings") or {}, "settings of the device"),
+                ],
+                flow=True,
+            ),
+            Code("DeepSpeed's configuration", json.dumps(manifest.get("deepspeed") or {}, indent=2)),
+        ],
+    )
