@@ -79,7 +79,7 @@ class Chart:
     from_zero: bool = False
     may_log: bool = False
     wide: bool = False
-    show: Callable[[float], str] = field(default=lambda value: f"{value:.4g}")
+    show: Callable[[float], str] = field(default=lambda value: f"{value:#.4g}")
 
     @cached_property
     def xs(self) -> tuple[float, float]:

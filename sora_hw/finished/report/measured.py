@@ -79,7 +79,7 @@ class Measured:
         last = results.get("final_loss", losses[-1][1] if losses else None)
         validation = results.get("validation_loss")
         done, planned = self.steps
-        cards = [Card("final loss" if results else "loss so far", _number(last), note=f"step {done:,} of {planned or '?'}")]
+        cards = [Card("final loss" if results else "last loss", _number(last), note=f"step {done:,} of {planned or '?'}")]
         if validation is not None:
             cards.append(Card("validation loss", _number(validation), note="on records held out"))
         for part in ("validation", "test"):
@@ -110,7 +110,9 @@ class Measured:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
 def tables(runs: Sequence[FinishedRun]) -> list[Table]:

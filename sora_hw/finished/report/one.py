@@ -30,6 +30,7 @@ from sora_hw.recipes.recipe import DATA, MODEL, OPTIMISATION, RUN
 SECOND = COLOURS["post_ortho"]  # beside the method's own colour
 PLAIN = COLOURS["full"]
 NO_LOSSES = "No losses yet: they are written with the first checkpoint."
+NOTHING_TRAINED = "Nothing yet: only a run that has finished leaves an adapter or a model."
 NO_SPEED = "The log of this run holds no throughput and no memory; the runs of this version do."
 
 
@@ -112,13 +113,18 @@ def _scores(measured: Measured) -> Iterator[Block]:
             )
         ]
         yield Bars(f"{demo['questions']} held-out questions, answered correctly", bars)
-    if not found:
+    if measured.run.status != "finished":
+        yield Note(NOTHING_TRAINED)
+    elif not found:
         command = f"python launchers/score.py --adapter {shlex.quote(str(measured.run.path))}"
         yield Note("No scores beside the paper's yet. To score the run:", command)
 
 
 def _spectra(measured: Measured) -> Iterator[Block]:
     spectrum = measured.spectrum
+    if measured.run.status != "finished":
+        yield Note(NOTHING_TRAINED)
+        return
     if spectrum is None:
         yield Note("No spectra yet. To compute them:", f"sora-hw spectrum {shlex.quote(str(measured.run.path))}")
         return
