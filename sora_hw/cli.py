@@ -2,7 +2,7 @@
 
     sora-hw doctor      what this machine has, what is missing, and what to do about it
     sora-hw plan        what a launcher would do, whether it fits, and the variables for several machines
-    sora-hw compare     sweeps beside one another and beside the paper
+    sora-hw compare     runs and sweeps beside one another and beside the paper
     sora-hw report      a run, or several beside one another, as one HTML page
 
 A subcommand is a function `(arguments, console) -> exit code`, added in `_parser`. Exit codes: 0 for success, 1 for a
@@ -58,8 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         "--hostfile", type=Path, metavar="FILE", help="plan for its machines, and write .deepspeed_env for them"
     )
     command.set_defaults(run=plan)
-    command = commands.add_parser("compare", help="sweeps beside one another and beside the paper")
-    command.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="folder of a sweep")
+    command = commands.add_parser("compare", help="runs and sweeps beside one another and beside the paper")
+    command.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run or a sweep")
+    command.add_argument(
+        "--format", choices=("terminal", "markdown", "csv", "json"), default="terminal", help="of the tables [terminal]"
+    )
     command.set_defaults(run=compare)
     command = commands.add_parser("report", help="a run, or several beside one another, as one HTML page")
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a sweep")
@@ -80,10 +83,14 @@ def plan(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def compare(arguments: argparse.Namespace, console: Console) -> int:
-    """Print the table of finished sweeps, as Markdown."""
-    from sora_hw.finished.comparison import comparison
+    """Print the tables of finished runs and sweeps."""
+    from sora_hw.finished import comparison, tables
 
-    console.print(comparison(arguments.sweeps), markup=False, highlight=False, soft_wrap=True)
+    found = comparison.compare(arguments.folders)
+    if arguments.format == "terminal":
+        tables.print_tables(found, console)
+    else:
+        print(tables.FORMATS[arguments.format](found), end="")
     return 0
 
 

@@ -87,7 +87,7 @@ def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> R
             )
         checkpoint = newest_checkpoint(path) if request.resume else None
         if request.resume and traces:
-            _check_same(path, wanted)
+            _check_same(path, wanted, "--sweep" if request.sweep else "--resume")
     else:
         checkpoint = Path(request.resume).expanduser()
         if (checkpoint / MANIFEST).exists():
@@ -97,7 +97,7 @@ def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> R
             )
         if reason := _incomplete(checkpoint):
             raise UserError(f"--resume {checkpoint}: no checkpoint to go on from ({reason})")
-        _check_same(checkpoint.absolute().parent, wanted)
+        _check_same(checkpoint.absolute().parent, wanted, "--resume")
         if path.resolve() != checkpoint.resolve().parent and _traces(path):
             raise UserError(f"--output {path} already holds another run than --resume {checkpoint}; name a new folder")
     return RunFolder(path, checkpoint)
@@ -162,14 +162,15 @@ def _check_writable(path: Path) -> None:
         raise UserError(f"--output {path}: {existing} cannot be written to")
 
 
-def _check_same(folder: Path, wanted: Mapping[str, object]) -> None:
+def _check_same(folder: Path, wanted: Mapping[str, object], flag: str) -> None:
+    """Raises UserError, beginning with the `flag` that asked to go on, unless the run in `folder` is the one wanted."""
     try:
         found = json.loads((folder / MANIFEST).read_text())["fingerprint"]
         differing = [name for name in wanted if found[name] != wanted[name]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--resume: {folder / MANIFEST} is missing or damaged, so its recipe is unknown") from None
+        raise UserError(f"{flag}: {folder / MANIFEST} is missing or damaged, so its recipe is unknown") from None
     if differing:
         name = differing[0]
         raise UserError(
-            f"--resume: the run in {folder} is another one: its {name} is {found[name]}, here it is {wanted[name]}"
+            f"{flag}: the run in {folder} is another one: its {name} is {found[name]}, here it is {wanted[name]}"
         )

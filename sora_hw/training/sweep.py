@@ -1,11 +1,13 @@
 """The paper's grid: one run for each learning rate, seed and rank, each in a folder of its own, and what came of them.
 
-A sweep that is started again goes on where it stopped: a finished run is not repeated, an interrupted one resumes.
+A sweep that is started again goes on where it stopped: a finished run is not repeated, an interrupted one resumes. One
+with other rates, seeds or ranks adds its runs to those in its folder.
 """
 
 import gc
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,12 +16,16 @@ import torch.distributed as dist
 from rich.console import Console
 
 from sora_hw.devices.cpu import CPU
-from sora_hw.recipes.recipe import Grid, Recipe
+from sora_hw.errors import UserError
+from sora_hw.recipes.recipe import RUN, Grid, Recipe
 from sora_hw.training.arguments import NEWEST, Request, paper_recipe
 from sora_hw.training.plan import make_plan
 from sora_hw.training.run import Diverged, announce, check, train
 from sora_hw.training.run_folder import MANIFEST, RUNS
 from sora_hw.training.sweep_report import Outcome, best_learning_rate, report
+
+DONE = ("finished", "diverged")
+VARIED = ("rank", "learning_rate", "seed", "validation_size")  # what the runs of a sweep differ in
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,15 @@ def sweep(request: Request, module: ModuleType, console: Console) -> None:
 
     Where several learning rates are to choose from, records are held out and the best mean over the seeds decides; a
     recipe that trains on all records is then run on all of them, with the best alone.
+
+    Raises UserError where the folder holds runs of another recipe.
     """
     recipe = make_plan(request, module).recipe
     folder = request.output or RUNS / f"{recipe.name}-{recipe.method}-sweep"
     grid = _grid(request, module, recipe)
     choosing = len(grid.learning_rates) > 1
     size = grid.validation_size if choosing and not recipe.validation_size else recipe.validation_size
+    earlier = _earlier(folder, recipe)
     outcomes = []
     for rank in grid.ranks:
         points = [Point(rank, rate, seed, size) for rate in grid.learning_rates for seed in grid.seeds]
@@ -59,7 +68,32 @@ def sweep(request: Request, module: ModuleType, console: Console) -> None:
             tried += [_run(point, request, module, folder, console) for point in points]
         outcomes += tried
         if _is_main():
-            report(recipe, outcomes, folder, console)
+            made = {outcome.folder for outcome in outcomes}
+            others = [outcome for outcome in earlier if outcome.folder not in made]
+            report(recipe, [*others, *outcomes], folder, console, finished=rank == grid.ranks[-1])
+
+
+def _earlier(folder: Path, recipe: Recipe) -> list[Outcome]:
+    """The runs that the folder holds already and that are done. Raises UserError where one is of another recipe."""
+    wanted = _comparable(asdict(recipe))
+    paths = sorted(file.parent for file in folder.glob(f"*/{MANIFEST}"))
+    done = [path for path in paths if _status(path) in DONE]
+    for path in done:
+        found = _comparable(_manifest(path)["recipe"])
+        if differing := [name for name in wanted if found.get(name) != wanted[name]]:
+            name = differing[0]
+            raise UserError(
+                f"--output {folder} holds a sweep whose {name} is {found.get(name)}, here it is {wanted[name]}; name "
+                "another folder"
+            )
+    return [_outcome(path) for path in done]
+
+
+def _comparable(recipe: Mapping[str, object]) -> dict[str, object]:
+    """What the runs of a sweep share, in JSON's types; the data are left to the checksum that `check` compares."""
+    how_it_runs = {field.name for field in fields(Recipe) if field.metadata.get("group") == RUN}
+    left_out = {*VARIED, *how_it_runs, "train_data", "test_data"}
+    return json.loads(json.dumps({name: value for name, value in recipe.items() if name not in left_out}))
 
 
 def _grid(request: Request, module: ModuleType, recipe: Recipe) -> Grid:
@@ -82,11 +116,9 @@ def _run(point: Point, request: Request, module: ModuleType, folder: Path, conso
     path = folder / point.folder
     changes = {"rank": point.rank, "learning_rate": point.learning_rate, "seed": point.seed}
     changes["validation_size"] = point.validation_size
-    request = replace(
-        request, sweep=False, resume=NEWEST, output=path, recipe={**request.recipe, **changes}, overwrite=False
-    )
+    request = replace(request, resume=NEWEST, output=path, recipe={**request.recipe, **changes})
     job = check(request, make_plan(request, module))  # also refuses a folder that holds another run
-    if _status(path) not in ("finished", "diverged"):
+    if _status(path) not in DONE:
         console.print(f"\n{path}")
         announce(job, console)
         try:
@@ -98,20 +130,25 @@ def _run(point: Point, request: Request, module: ModuleType, folder: Path, conso
         _forget()
     else:
         console.print(f"{path}: {_status(path)} before")
-    return Outcome(point.rank, point.learning_rate, point.seed, point.validation_size, path, _results(path))
+    return _outcome(path)
 
 
 def _status(path: Path) -> str | None:
     try:
-        return json.loads((path / MANIFEST).read_text())["status"]
+        return _manifest(path)["status"]
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _results(path: Path) -> dict[str, object] | None:
-    """What run.json says of a finished run; None of one that has diverged."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    return manifest.get("results")
+def _outcome(path: Path) -> Outcome:
+    """What run.json says of a run that is done; a diverged one has no results."""
+    manifest = _manifest(path)
+    values = (manifest["recipe"][name] for name in VARIED)
+    return Outcome(*values, path, manifest.get("results"))
+
+
+def _manifest(path: Path) -> dict[str, object]:
+    return json.loads((path / MANIFEST).read_text())
 
 
 def _forget() -> None:

@@ -1,10 +1,10 @@
 """What came of a sweep: a row for every setting, its seeds together, as a table on the terminal, Markdown and JSON."""
 
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -50,12 +50,25 @@ def best_learning_rate(outcomes: Sequence[Outcome]) -> float:
     """The learning rate of the best mean over its seeds on the records that were held out: by the task's metric where
     it has one, otherwise by the loss. A rate with which a run has diverged is out, or has no finite validation loss.
 
-    Raises UserError when every rate is.
+    Raises UserError when every rate is, or no run has held records out.
     """
+    if not any(outcome.validation_size for outcome in outcomes):
+        raise UserError("several learning rates, and no records held out to choose one of them by")
     rows = [row for row in rows_of(outcomes) if not row.diverged and "validation loss" in row.scores]
     if not rows:
         raise UserError("every learning rate of the sweep has diverged: give a smaller --learning-rate")
     return max(rows, key=_merit).learning_rate
+
+
+def chosen(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Of the runs of one rank those of the best setting: of the learning rate that `best_learning_rate` takes, or of
+    the only one, the runs with the fewest records held out. Raises UserError where nothing decides among several.
+    """
+    rates = {outcome.learning_rate for outcome in outcomes}
+    rate = rates.pop() if len(rates) == 1 else best_learning_rate(outcomes)
+    candidates = [outcome for outcome in outcomes if outcome.learning_rate == rate]
+    size = min(outcome.validation_size for outcome in candidates)
+    return [outcome for outcome in candidates if outcome.validation_size == size]
 
 
 def _merit(row: Row) -> float:
@@ -66,8 +79,9 @@ def _merit(row: Row) -> float:
 
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
-    """The settings in the order of the runs."""
-    return [_row(list(runs)) for _, runs in groupby(outcomes, key=lambda outcome: outcome.setting)]
+    """The settings, in the order of their first runs."""
+    settings = dict.fromkeys(outcome.setting for outcome in outcomes)
+    return [_row([outcome for outcome in outcomes if outcome.setting == setting]) for setting in settings]
 
 
 def _row(runs: Sequence[Outcome]) -> Row:
@@ -97,13 +111,15 @@ def _spread(values: Sequence[float | None]) -> tuple[float, float | None] | None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def report(recipe: Recipe, outcomes: Sequence[Outcome], folder: Path, console: Console) -> None:
-    """Print the rows, and write them to summary.md and summary.json in the sweep's folder."""
+def report(recipe: Recipe, outcomes: Sequence[Outcome], folder: Path, console: Console, finished: bool) -> None:
+    """Print the rows, and write them to summary.md and summary.json in the sweep's folder; `finished` says whether runs
+    are still to come."""
     rows = rows_of(outcomes)
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     columns = ["rank", "learning rate", "held out", "seeds", *names]
     cells = [_cells(row, names) for row in rows]
-    table = Table(title=f"{recipe.name}, {recipe.method}", title_justify="left")
+    title = f"{recipe.name}, {recipe.method}" + ("" if finished else " (unfinished)")
+    table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column)
     for row in cells:
@@ -111,10 +127,17 @@ def report(recipe: Recipe, outcomes: Sequence[Outcome], folder: Path, console: C
     console.print(table, soft_wrap=True)
     lines = [columns, ["---"] * len(columns), *cells]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-    (folder / f"{SUMMARY}.md").write_text(f"# {recipe.name}, {recipe.method}\n\n{text}")
-    facts = {"recipe": recipe.name, "method": recipe.method, "rows": [asdict(row) for row in rows]}
-    facts["runs"] = [str(outcome.folder) for outcome in outcomes]
-    (folder / f"{SUMMARY}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    _write(folder / f"{SUMMARY}.md", f"# {title}\n\n{text}")
+    facts = {"recipe": recipe.name, "method": recipe.method, "finished": finished}
+    facts |= {"rows": [asdict(row) for row in rows], "runs": [str(outcome.folder) for outcome in outcomes]}
+    _write(folder / f"{SUMMARY}.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = file.with_name(f"{file.name}.part")
+    aside.write_text(text)
+    os.replace(aside, file)
 
 
 def _cells(row: Row, names: Sequence[str]) -> list[str]:

@@ -43,4 +43,8 @@ def test_tensorboard_has_the_same_numbers_in_the_run_s_folder(run, history):
         found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
     assert [event.step for event in events.Scalars("eval/loss")] == [3, 5]
-    assert sorted(path.name for path in run.folder.iterdir() if path.is_dir()) == ["adapter", "checkpoint-5", "tensorboard"]
+    assert sorted(path.name for path in run.folder.iterdir() if path.is_dir()) == [
+        "adapter",
+        "checkpoint-5",
+        "tensorboard",
+    ]

@@ -9,7 +9,7 @@ PLAN = SimpleNamespace(recipe=SimpleNamespace(name="commonsense", method="sora")
 
 
 def request(**given):
-    return SimpleNamespace(**{"output": None, "resume": None, "overwrite": False, **given})
+    return SimpleNamespace(**{"output": None, "resume": None, "overwrite": False, "sweep": False, **given})
 
 
 def fill(folder, *names):

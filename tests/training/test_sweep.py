@@ -13,7 +13,7 @@ from sora_hw.training.arguments import parse
 from sora_hw.training.launch import main
 from sora_hw.training.run import Diverged
 from sora_hw.training.sweep import sweep
-from sora_hw.training.sweep_report import Outcome, best_learning_rate, rows_of, shown
+from sora_hw.training.sweep_report import Outcome, best_learning_rate, chosen, rows_of, shown
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def runs(monkeypatch, tmp_path):
         diverged = job.recipe.learning_rate == 4e-4
         job.path.mkdir(parents=True)
         manifest = {"status": "diverged"} if diverged else {"status": "finished", "results": results}
+        manifest["recipe"] = asdict(job.recipe)
         (job.path / "run.json").write_text(json.dumps(manifest))
         if diverged:
             raise Diverged("no more")
@@ -67,9 +68,9 @@ def test_the_grid_of_glue_and_the_runs_on_all_records(runs):
     assert [(r.learning_rate, r.seed) for r in tried] == [(lr, s) for lr in (1e-3, 8e-4, 4e-4) for s in (0, 1, 2)]
     assert {r.validation_size for r in tried} == {249} and {r.rank for r in tried} == {16}
     assert [(r.learning_rate, r.seed, r.validation_size) for r in final] == [(8e-4, seed, 0) for seed in (0, 1, 2)]
-    summary = json.loads(Path("runs/glue-rte-sora-sweep/summary.json").read_text())
-    assert [row["diverged"] for row in summary["rows"]] == [0, 0, 3, 0]
-    assert summary["rows"][-1]["scores"]["test accuracy"] == pytest.approx([0.999, 0.001])
+    rows = summary()["rows"]
+    assert [row["diverged"] for row in rows] == [0, 0, 3, 0]
+    assert rows[-1]["scores"]["test accuracy"] == pytest.approx([0.999, 0.001])
     assert "99.90 ± 0.10" in Path("runs/glue-rte-sora-sweep/summary.md").read_text()
 
 
@@ -81,6 +82,44 @@ def test_it_goes_on_where_it_stopped(runs):
     with pytest.raises(FileExistsError):  # the stand-in's own: it makes the run again
         start(glue, "--task", "rte")
     assert (runs[-1].learning_rate, runs[-1].seed, runs[-1].validation_size) == (8e-4, 1, 249)
+
+
+def summary(name="glue-rte-sora-sweep"):
+    return json.loads((Path("runs") / name / "summary.json").read_text())
+
+
+def test_other_rates_add_their_rows(runs):
+    start(glue, "--task", "rte", "--learning-rate", "8e-4", "--seed", "0")
+    start(glue, "--task", "rte", "--learning-rate", "1e-3")
+    start(glue, "--task", "rte", "--learning-rate", "8e-4")
+    assert [(row["learning_rate"], row["seeds"]) for row in summary()["rows"]] == [(1e-3, [0, 1, 2]), (8e-4, [0, 1, 2])]
+    assert len(runs) == 6
+
+
+def test_another_recipe_needs_another_folder(runs):
+    start(glue, "--task", "rte")
+    before = summary()
+    with pytest.raises(UserError, match=r"holds a sweep whose rotation_rank is 1, here it is 4; name another folder"):
+        start(glue, "--task", "rte", "--rotation-rank", "4", "--learning-rate", "2e-3")
+    assert summary() == before and len(runs) == 12
+    start(glue, "--task", "rte", "--rotation-rank", "4", "--output", "other")
+
+
+def test_an_unfinished_sweep_says_so(runs, monkeypatch):
+    def stop_at_rank_16(request, plan, check=sweeping.check):
+        if plan.recipe.rank == 16:
+            raise KeyboardInterrupt
+        return check(request, plan)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sweeping, "check", stop_at_rank_16)
+        start(commonsense, "--model", "m", "--learning-rate", "1e-3")
+    folder = "commonsense-sora-sweep"
+    assert [row["rank"] for row in summary(folder)["rows"]] == [4, 8] and summary(folder)["finished"] is False
+    assert "(unfinished)" in (Path("runs") / folder / "summary.md").read_text()
+    start(commonsense, "--model", "m", "--learning-rate", "1e-3")
+    assert [row["rank"] for row in summary(folder)["rows"]] == [4, 8, 16, 32] and summary(folder)["finished"] is True
+    assert "(unfinished)" not in (Path("runs") / folder / "summary.md").read_text()
 
 
 def test_what_is_given_stays_fixed(runs):
@@ -108,8 +147,8 @@ def test_what_does_not_go_with_it(more, capsys):
     assert "--sweep goes on with what its folder holds" in capsys.readouterr().err
 
 
-def outcome(rate, seed, results):
-    return Outcome(16, rate, seed, 10, Path("x"), results)
+def outcome(rate, seed, results, held_out=10):
+    return Outcome(16, rate, seed, held_out, Path("x"), results)
 
 
 def results(loss, **validation):
@@ -124,6 +163,18 @@ def test_the_best_is_that_of_the_metric_or_else_of_the_loss():
     assert best_learning_rate([outcome(1e-3, 0, results(None)), outcome(2e-3, 0, results(0.9))]) == 2e-3
     with pytest.raises(UserError, match="every learning rate of the sweep has diverged"):
         best_learning_rate([outcome(1e-3, 0, None)])
+
+
+def test_the_best_setting_is_that_on_all_records():
+    tried = [outcome(1e-3, seed, results(0.9)) for seed in (0, 1)] + [
+        outcome(2e-3, seed, results(0.8)) for seed in (0, 1)
+    ]
+    assert chosen(tried) == tried[2:]
+    final = [outcome(2e-3, seed, results(None), held_out=0) for seed in (0, 1)]
+    assert chosen(tried + final) == final
+    assert chosen(final) == final
+    with pytest.raises(UserError, match="several learning rates, and no records held out"):
+        chosen([*final, outcome(1e-3, 0, results(None), held_out=0)])
 
 
 def test_mean_and_deviation_of_a_sample():

@@ -90,7 +90,7 @@ class Chart:
     def log(self) -> bool:
         """Whether the vertical axis is logarithmic."""
         low, high = _range(self._values())
-        return self.may_log and 0 < low and high / low > LOG_FROM
+        return self.may_log and low > 0 and high / low > LOG_FROM
 
     @cached_property
     def ys(self) -> tuple[float, float]:
@@ -162,8 +162,9 @@ class Chart:
             for line in self.lines
             if line.finite
         ]
-        return f"{self.title} ({self.unit}) over {self.across} {plain(self.xs[0])} to {plain(self.xs[1])}: " + "; ".join(
-            parts
+        return (
+            f"{self.title} ({self.unit}) over {self.across} {plain(self.xs[0])} to {plain(self.xs[1])}: "
+            + "; ".join(parts)
         )
 
 

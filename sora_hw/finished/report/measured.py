@@ -1,7 +1,7 @@
 """What a page shows of a run, taken from its folder: figures, curves, spectra, the lines of its charts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,6 @@ from sora_hw.finished.report.charts import Point
 from sora_hw.finished.report.page import Card
 from sora_hw.finished.run import FinishedRun
 from sora_hw.finished.spectra import Spectrum, read_spectrum
-from sora_hw.finished.tables import Table
 from sora_hw.recipes.recipe import EMBEDDED, LanguageModelling
 from sora_hw.training.callbacks import duration
 
@@ -79,7 +78,9 @@ class Measured:
         last = results.get("final_loss", losses[-1][1] if losses else None)
         validation = results.get("validation_loss")
         done, planned = self.steps
-        cards = [Card("final loss" if results else "last loss", _number(last), note=f"step {done:,} of {planned or '?'}")]
+        cards = [
+            Card("final loss" if results else "last loss", _number(last), note=f"step {done:,} of {planned or '?'}")
+        ]
         if validation is not None:
             cards.append(Card("validation loss", _number(validation), note="on records held out"))
         for part in ("validation", "test"):
@@ -113,7 +114,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if math.isfinite(value) else "not finite"
-
-
-def tables(runs: Sequence[FinishedRun]) -> list[Table]:
-    return []

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from sora_hw.analysis.figures import COLOURS
+from sora_hw.finished.comparison import compare_runs
 from sora_hw.finished.report.charts import Chart, Line
-from sora_hw.finished.report.measured import Measured, tables
+from sora_hw.finished.report.measured import Measured
 from sora_hw.finished.report.page import (
     Bar,
     Bars,
@@ -49,7 +50,9 @@ def page_of(run: FinishedRun) -> Page:
     facts = [run.recipe.name, manifest.get("device_name"), _minute(manifest.get("started")), run.path]
     subtitle = " · ".join(str(fact) for fact in facts if fact)
     state = run.status if run.status in ("finished", "diverged") else "unfinished"
-    return Page(f"{measured.method} on {measured.model}", subtitle, sections, measured.colour, state, _warning(measured))
+    return Page(
+        f"{measured.method} on {measured.model}", subtitle, sections, measured.colour, state, _warning(measured)
+    )
 
 
 def _minute(time: object) -> str:
@@ -101,7 +104,7 @@ def _training(measured: Measured) -> Iterator[Block]:
 
 
 def _scores(measured: Measured) -> Iterator[Block]:
-    found = tables([measured.run])
+    found = compare_runs([measured.run])
     yield from map(Scores, found)
     if demo := measured.results.get("embedded_questions"):
         bars = [
@@ -145,7 +148,13 @@ def _spectra(measured: Measured) -> Iterator[Block]:
         ]
     )
     rows = [
-        [each.name, "x".join(map(str, each.shape)), f"{each.entropy:.3f}", f"{each.stable_rank:.2f}", f"{each.norm:.4g}"]
+        [
+            each.name,
+            "x".join(map(str, each.shape)),
+            f"{each.entropy:.3f}",
+            f"{each.stable_rank:.2f}",
+            f"{each.norm:.4g}",
+        ]
         for each in spectrum.layers
     ]
     header = ["layer", "shape", "entropy, nats", "stable rank", "norm of dW"]

@@ -5,11 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from sora_hw.analysis.figures import COLOURS
+from sora_hw.finished.comparison import compare_runs
 from sora_hw.finished.report.charts import Chart, Line
-from sora_hw.finished.report.measured import Measured, tables
+from sora_hw.finished.report.measured import Measured
 from sora_hw.finished.report.page import Bar, Bars, Block, Card, Grid, Note, Page, Scores, Section, Side, shown
 from sora_hw.finished.run import FinishedRun
+from sora_hw.finished.tables import Cell, Row, Table
 
+BESIDE = ", beside the paper"  # in the title of a table that has its figures
 NAMING = ("task", "rank", "learning_rate", "seed")
 
 
@@ -90,8 +93,10 @@ def _lines(named: Sequence[Named], key: str) -> list[Line]:
 
 
 def _scores(named: Sequence[Named]) -> Iterator[Block]:
-    found = tables([measured.run for _, _, measured in named])
+    found = _tables(named)
     yield from map(Scores, found)
+    if found:
+        yield Note("Seeds together, with mean and standard deviation:", "sora-hw compare RUN...")
     demos = [
         Bar(name, demo["after"], f"{demo['after']:.1%}", colour)
         for name, colour, measured in named
@@ -101,6 +106,25 @@ def _scores(named: Sequence[Named]) -> Iterator[Block]:
         yield Bars("Held-out questions answered correctly", demos)
     if not found and not demos:
         yield Note("None of these runs has been scored. To score one:", "python launchers/score.py --adapter RUN")
+
+
+def _tables(named: Sequence[Named]) -> list[Table]:
+    """Each run's tables, those of the same title as one with a row for every run."""
+    found: dict[str, list[tuple[str, Table]]] = {}
+    for name, _, measured in named:
+        for table in compare_runs([measured.run]):
+            found.setdefault(table.title.partition(BESIDE)[0], []).append((name, table))
+    return [_merged(tables) for tables in found.values()]
+
+
+def _merged(tables: Sequence[tuple[str, Table]]) -> Table:
+    columns = tuple(dict.fromkeys(column for _, table in tables for column in table.columns))
+    rows = []
+    for name, table in tables:
+        cells = dict(zip(table.columns, table.rows[0].cells, strict=True))
+        rows.append(Row((name,), tuple(cells.get(column, Cell()) for column in columns)))
+    notes = tuple(dict.fromkeys(note for _, table in tables for note in table.notes))
+    return Table(max((table.title for _, table in tables), key=len), ("run",), columns, tuple(rows), notes)
 
 
 def _spectra(named: Sequence[Named]) -> Iterator[Block]:
@@ -114,7 +138,11 @@ def _spectra(named: Sequence[Named]) -> Iterator[Block]:
             for (name, colour, _), mean in zip(known, means, strict=True)
         ]
         lines = [
-            Line(name, [(float(number), layer.entropy) for number, layer in enumerate(measured.spectrum.layers, 1)], colour)
+            Line(
+                name,
+                [(float(number), layer.entropy) for number, layer in enumerate(measured.spectrum.layers, 1)],
+                colour,
+            )
             for name, colour, measured in known
         ]
         chart = Chart("Singular-value entropy", "nats", "layer, in the model's order", lines, True, wide=True)
