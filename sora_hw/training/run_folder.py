@@ -18,6 +18,7 @@ MANIFEST, CURVE, STATE = "run.json", "loss.png", "trainer_state.json"
 ADAPTER, MODEL = "adapter", "model"  # what was trained
 EVENTS = "tensorboard"
 REPORT = "report.html"
+LATER = ("scores", "spectrum.json", REPORT)  # what sora_hw.finished makes of the run, and is nothing without it
 RUNS = Path("runs")
 
 
@@ -145,7 +146,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 def _traces(path: Path) -> list[Path]:
     """What a run has left in `path`."""
-    named = [path / name for name in (MANIFEST, ADAPTER, MODEL, CURVE, STATE, EVENTS, REPORT)]
+    named = [path / name for name in (MANIFEST, ADAPTER, MODEL, CURVE, STATE, EVENTS, *LATER)]
     return [entry for entry in named if entry.exists()] + _checkpoints(path)
 
 

@@ -25,6 +25,9 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
         "loss.png",
         "trainer_state.json",
         "tensorboard/events.out",
+        "scores/scores.json",
+        "spectrum.json",
+        "report.html",
         "checkpoint-5/trainer_state.json",
     ]
     own = ["notes.txt", "checkpoint-notes/mine.txt", "adapters/mine.txt"]

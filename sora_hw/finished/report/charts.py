@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import ClassVar
 
 from matplotlib.ticker import MaxNLocator
@@ -67,8 +67,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over one horizontal axis. `unit` says what is up; with `from_zero` the axis begins there, and with `may_log`
-    it is logarithmic where the values span more than a factor of ten."""
+    """Lines over one horizontal axis. `unit` is of the vertical one, which begins at zero with `from_zero`, and with
+    `may_log` is logarithmic where the values span more than a factor of ten."""
 
     kind: ClassVar[str] = "chart"
 
@@ -140,11 +140,11 @@ class Chart:
     @cached_property
     def readings(self) -> list[Reading]:
         """Places spread over the width, and every one that has a dot."""
-        at = [{x: y for x, y in line.finite} for line in self.lines]
+        at = [dict(line.finite) for line in self.lines]
         dotted = set(chain.from_iterable(values for line, values in zip(self.lines, at, strict=True) if line.dots))
         every = sorted(set(chain.from_iterable(at)))
         chosen = sorted({*every[:: math.ceil(len(every) / MOST_READINGS)], *dotted})
-        edges = [0.0, *((self.left(a) + self.left(b)) / 2 for a, b in zip(chosen, chosen[1:], strict=False)), 100.0]
+        edges = [0.0, *((self.left(a) + self.left(b)) / 2 for a, b in pairwise(chosen)), 100.0]
         readings = []
         for index, x in enumerate(chosen):
             here = [(line, values[x]) for line, values in zip(self.lines, at, strict=True) if x in values]
@@ -157,15 +157,13 @@ class Chart:
     @property
     def summary(self) -> str:
         """The chart in words, for who cannot see it."""
-        parts = [
+        ends = [
             f"{line.label} from {self.show(line.finite[0][1])} to {self.show(line.finite[-1][1])}"
             for line in self.lines
             if line.finite
         ]
-        return (
-            f"{self.title} ({self.unit}) over {self.across} {plain(self.xs[0])} to {plain(self.xs[1])}: "
-            + "; ".join(parts)
-        )
+        first, last = map(plain, self.xs)
+        return f"{self.title} ({self.unit}) over {self.across} {first} to {last}: {'; '.join(ends)}"
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

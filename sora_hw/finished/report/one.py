@@ -70,8 +70,8 @@ def _warning(measured: Measured) -> str:
         )
     if measured.run.status != "finished":
         return (
-            f"This run has not finished: it is still going on, or was stopped. Shown is what its newest checkpoint knows "
-            f"(step {done:,} of {planned or '?'}); --resume goes on from there."
+            "This run has not finished: it is still going on, or was stopped. Shown is what its newest checkpoint "
+            f"knows (step {done:,} of {planned or '?'}); --resume goes on from there."
         )
     return ""
 
