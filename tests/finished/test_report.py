@@ -260,10 +260,9 @@ def test_the_values_stand_where_the_pointer_is(pages, show):
     assert chart.locator(".reading > g").evaluate_all(seen) == []
     page.mouse.move(box["x"] + box["width"] * (19.3 / 39), box["y"] + box["height"] / 2)  # nearer to step 20 than to 21
     (shown,) = chart.locator(".reading > g").evaluate_all(seen)
-    loss, validation = (
-        next(e[key] for e in history() if e["step"] == 20 and key in e) for key in ("loss", "eval_loss")
-    )
-    assert re.sub(r"\s+", " ", shown) == f"optimiser step 20● training {loss:#.4g}● validation {validation:#.4g}"
+    logged = {key: value for entry in history() if entry["step"] == 20 for key, value in entry.items()}
+    wanted = f"optimiser step 20● training {logged['loss']:#.4g}● validation {logged['eval_loss']:#.4g}"
+    assert re.sub(r"\s+", " ", shown) == wanted
 
 
 def test_key_figures_are_those_of_run_json(full, pages, show):

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from sora_hw.data.embedded import candidates, heldout_records
+from sora_hw.finished.report import write_report
+from sora_hw.finished.run import read_run
 
 LOAD = """
 import sys, torch, sora_hw
@@ -92,6 +94,21 @@ def test_the_manifest_repeats_the_run_and_keeps_secrets(demo):
     assert manifest["environment"]["DS_ACCELERATOR"] == "cpu"
     assert manifest["deepspeed"]["zero_optimization"]["stage"] == 2
     assert "hf_secret" not in json.dumps(manifest)
+
+
+def test_the_demo_s_page(demo, tmp_path):
+    """The report reads what a real run writes."""
+    page = write_report([read_run(demo.folder)], tmp_path / "page.html").read_text()
+    results = demo.manifest["results"]
+    for figure in (
+        f"<b>{results['final_loss']:.4f}</b>",
+        f"<b>{results['tokens_per_second']:,.0f} <small>tokens/s</small></b>",
+        f"<b>{results['peak_memory_bytes'] / 2**30:.2f} <small>GiB</small></b>",
+        f"<b>{results['embedded_questions']['after']:.1%}</b>",
+        demo.manifest["data"]["checksum"],
+    ):
+        assert figure in page
+    assert page.count('class="line series"') == 5, "loss, learning rate, throughput, memory, gradient norm"
 
 
 def test_the_adapter_loads_in_a_fresh_process(demo):

@@ -13,7 +13,8 @@ from sora_hw.finished.run import FinishedRun
 from sora_hw.finished.tables import Cell, Row, Table
 
 BESIDE = ", beside the paper"  # in the title of a table that has its figures
-NAMING = ("task", "rank", "learning_rate", "seed")
+# What a run's name says of its recipe beside the method, as far as it helps to tell the runs apart.
+NAMING = {"name": "", "rank": "rank ", "learning_rate": "learning rate ", "seed": "seed "}
 
 
 def comparing(runs: Sequence[FinishedRun]) -> Page:
@@ -39,10 +40,11 @@ Named = tuple[str, str, Measured]  # what a run is called on this page, its colo
 def _names(all_measured: Sequence[Measured]) -> list[str]:
     """The methods, and what else of the recipes it takes to tell the runs apart; otherwise their folders."""
     names = [measured.method for measured in all_measured]
-    for field in NAMING:
-        values = [shown(getattr(measured.run.recipe, field, None)) for measured in all_measured]
-        if len(set(names)) < len(names) and len(set(values)) > 1:
-            names = [f"{name}, {field.replace('_', ' ')} {value}" for name, value in zip(names, values, strict=True)]
+    for field, words in NAMING.items():
+        values = [shown(getattr(measured.run.recipe, field)) for measured in all_measured]
+        longer = [f"{name}, {words}{value}" for name, value in zip(names, values, strict=True)]
+        if len(set(longer)) > len(set(names)):
+            names = longer
     if len(set(names)) == len(names):
         return names
     return [str(measured.run.path) for measured in all_measured]
