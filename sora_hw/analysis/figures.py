@@ -59,6 +59,8 @@ _STYLE = {
     "svg.hashsalt": "sora_hw",  # the same picture gives the same file
 }
 _COLUMNS = 3  # panels beside one another
+_POINTS = 80  # of a spectrum, evenly over the logarithm of the index
+_SMALLEST = 1e-4  # of the largest singular value; what is below adds nothing to the entropy
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,23 @@ def entropy_by_layer(series: Sequence[Series]) -> Figure:
             where, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15, lw=0
         )
         if each.method == "lora":
-            limit = math.log(max(len(layer.singular_values) for _, layers in blocks for layer in layers))
-            axes.axhline(limit, color="#777777", linestyle=":", linewidth=1, zorder=0)
+            rank = max(len(layer.singular_values) for _, layers in blocks for layer in layers)
+            axes.axhline(math.log(rank), color="#777777", linestyle=":", linewidth=1, zorder=0)
+            if axes is axes.figure.axes[0]:
+                axes.annotate(
+                    f"log {rank}",
+                    (1, math.log(rank)),
+                    (0, 2),
+                    xycoords=("axes fraction", "data"),
+                    textcoords="offset points",
+                    ha="right",
+                    color="#777777",
+                    fontsize=8,
+                )
 
     figure = _panels(series, lines)
-    figure.supxlabel("block")
-    figure.supylabel("singular-value entropy of the update (nats)")
+    figure.supxlabel("block", fontsize=10)
+    figure.supylabel("singular-value entropy of the update (nats)", fontsize=10)
     return figure
 
 
@@ -144,7 +157,7 @@ def spectra_by_kind(series: Sequence[Series]) -> Figure:
     """The paper's Figure 2, our counterpart: the singular values of `dW`, sorted, over the largest.
 
     A panel for each kind of layer; the median over blocks and seeds, shaded from the lower to the upper quartile.
-    A line that ends has only zeros behind its end.
+    A line ends with a marker; what ends early has only zeros behind it.
     """
 
     def lines(axes: Axes, each: Series, kind: str, style: dict) -> None:
@@ -154,14 +167,14 @@ def spectra_by_kind(series: Sequence[Series]) -> Figure:
         count = min(len(layer.singular_values) for layer in layers)
         values = np.array([layer.singular_values[:count] for layer in layers])
         low, middle, high = np.quantile(values / values[:, :1], [0.25, 0.5, 0.75], axis=0)
-        where = np.arange(1, count + 1)
-        axes.plot(where, middle, **{**style, "marker": ""})
-        axes.fill_between(where, low, high, color=style["color"], alpha=0.15, lw=0)
-        axes.set(xscale="log", yscale="log")
+        shown = np.unique(np.geomspace(1, count, _POINTS).round().astype(int)) - 1
+        axes.plot(shown + 1, middle[shown], **style, markevery=[-1])
+        axes.fill_between(shown + 1, low[shown], high[shown], color=style["color"], alpha=0.15, lw=0)
+        axes.set(xscale="log", yscale="log", ylim=(_SMALLEST, 1.5))
 
     figure = _panels(series, lines)
-    figure.supxlabel("index of the singular value")
-    figure.supylabel("singular value of the update, relative to the largest")
+    figure.supxlabel("index of the singular value", fontsize=10)
+    figure.supylabel("singular value of the update, over the largest", fontsize=10)
     return figure
 
 
@@ -172,7 +185,7 @@ def entropy_by_method(series: Sequence[Series]) -> Figure:
     """
     tasks = list(dict.fromkeys(each.task for each in series))
     bars = list(dict.fromkeys((each.method, each.note) for each in series))
-    figure = Figure(figsize=(max(6.0, 1.2 + 0.24 * len(tasks) * (len(bars) + 1)), 3.8), layout="constrained")
+    figure = Figure(figsize=(max(9.0, 1.2 + 0.24 * len(tasks) * (len(bars) + 1)), 3.8), layout="constrained")
     axes = figure.subplots()
     width = 1 / (len(bars) + 1.5)
     hatches = dict(zip(dict.fromkeys(note for _, note in bars), cycle(["", "//", "..", "xx"]), strict=False))
@@ -185,7 +198,7 @@ def entropy_by_method(series: Sequence[Series]) -> Figure:
             [statistics.fmean(seeds) for seeds in means],
             0.92 * width,
             yerr=[statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in means],
-            error_kw={"elinewidth": 1, "ecolor": "#333333"},
+            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#333333"},
             color=COLOURS[method],
             edgecolor="white",
             hatch=hatches[note],
@@ -210,7 +223,14 @@ def _panels(series: Sequence[Series], lines: Callable[[Axes, Series, str, dict],
     for axes, kind in zip(panels, kinds, strict=False):
         for each in series:
             style = {"color": COLOURS[each.method], "marker": _MARKERS[each.method], "linestyle": dashes[each.note]}
-            lines(axes, each, kind, {**style, "markersize": 4, "linewidth": 1.5, "label": each.label})
+            if each.method == "pre_ortho":  # lies on Post-Ortho: both are seen if one is dashed and on top
+                style |= {"dashes": (3, 2), "zorder": 3}
+            lines(
+                axes,
+                each,
+                kind,
+                {**style, "markersize": 5, "markeredgewidth": 0, "linewidth": 1.5, "label": each.label},
+            )
         axes.set_title(kind, fontsize=10)
     for axes in list(panels)[len(kinds) :]:
         axes.remove()

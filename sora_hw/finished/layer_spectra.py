@@ -49,14 +49,15 @@ def layer_spectra(run: FinishedRun, watch: Watch) -> list[LayerSpectrum]:
         if run.recipe.method == FULL:
             model = BaseModel(base.name, str(run.trained), base.config, base.auto_class)
             after = opened.enter_context(StoredModel(model, replace(profile, dtype="float32")))
-            names = [name for target in run.recipe.target_modules for name in targeted(before.model, target)]
+            targets = set().union(*(targeted(before.model, target) for target in run.recipe.target_modules))
+            names = [name for name in before.layers() if name in targets]
 
             def spectrum(name: str) -> LayerSpectrum:
                 return _tuned(name, before.weight(name), after.weight(name))
         else:
             config, adapter = _adapter(run.trained)
-            names = list(adapter)
-            if unknown := [name for name in names if not before.has(name)]:
+            names = [name for name in before.layers() if name in adapter]
+            if unknown := sorted(adapter.keys() - set(names)):
                 raise UserError(f"{run.trained}: {run.recipe.model}, its base model, has no layer {unknown[0]}")
 
             def spectrum(name: str) -> LayerSpectrum:
@@ -74,7 +75,7 @@ def _profile(run: FinishedRun) -> Profile:
 
 
 def _adapter(folder: Path) -> tuple[PeftConfig, Adapter]:
-    """The configuration and the tensors of an adapter, in the order of the layers' blocks."""
+    """The configuration and the tensors of an adapter."""
     try:
         config = PeftConfig.from_pretrained(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -86,12 +87,7 @@ def _adapter(folder: Path) -> tuple[PeftConfig, Adapter]:
             adapter.setdefault(found["layer"], {})[found["parameter"]] = tensor
     if not adapter:
         raise UserError(f"{folder}: the adapter holds no layer")
-    return config, {name: adapter[name] for name in sorted(adapter, key=_in_order)}
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 behind layer 9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    return config, adapter
 
 
 def _tuned(name: str, before: Tensor, after: Tensor) -> LayerSpectrum:

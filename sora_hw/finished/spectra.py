@@ -50,16 +50,16 @@ class Spectrum:
 
 
 def read_spectrum(run: FinishedRun) -> Spectrum | None:
-    """The spectrum in the run's folder; None where there is none, or one of another version of this file.
+    """The spectrum in the run's folder; None where there is none of what now lies trained there.
 
     Raises UserError where the file is damaged.
     """
     file = run.path / FILE
-    if not file.exists():
+    if not (file.exists() and run.trained_folder.is_dir()):
         return None
     try:
         content = json.loads(file.read_text())
-        if content["version"] != VERSION:
+        if content["version"] != VERSION or content["trained"] != _checksum(run.trained):
             return None
         layers = [
             LayerSpectrum(**{**each, **{name: tuple(each[name]) for name in ("shape", "singular_values")}})
@@ -114,15 +114,14 @@ def spectrum_of(run: FinishedRun, console: Console) -> Spectrum:
     Raises UserError as `layer_spectra` does.
     """
     started = time.monotonic()
-    trained = _checksum(run.trained)
-    spectrum = read_spectrum(run)
-    known = spectrum is not None and spectrum.trained == trained
-    if not known:
+    trained = run.trained
+    how = "known"
+    if (spectrum := read_spectrum(run)) is None:
         with _progress(run, console) as watch:
             layers = layer_spectra(run, watch)
-        spectrum = Spectrum(run.recipe.method, run.recipe.name, run.recipe.seed, trained, layers)
+        spectrum = Spectrum(run.recipe.method, run.recipe.name, run.recipe.seed, _checksum(trained), layers)
         _write_spectrum(run, spectrum)
-    how = "known" if known else f"{time.monotonic() - started:.1f} s"
+        how = f"{time.monotonic() - started:.1f} s"
     console.print(
         f"{run.path}: entropy {spectrum.mean_entropy:.3f}, stable rank {spectrum.mean_stable_rank:.2f}, mean of "
         f"{len(spectrum.layers)} layers ({spectrum.layers[0].computed}, {how})",

@@ -6,12 +6,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate.utils import align_module_device
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sora_hw.hardware import Profile
-from sora_hw.training.base_model import BaseModel, load_model
+from sora_hw.training.base_model import BaseModel, linear_layers, load_model
 
 
 class StoredModel:
@@ -34,9 +34,9 @@ class StoredModel:
             self.close()
             raise
 
-    def has(self, layer: str) -> bool:
-        """Whether it has a linear layer of this full name."""
-        return any(name == layer and isinstance(each, nn.Linear | Conv1D) for name, each in self.model.named_modules())
+    def layers(self) -> list[str]:
+        """The full names of the linear layers, in the order of the model."""
+        return list(linear_layers(self.model))
 
     def size(self, layer: str) -> int:
         """The number of weights of a linear layer."""

@@ -115,7 +115,7 @@ def check_model(base: BaseModel, recipe: Recipe) -> int | None:
     for target in recipe.target_modules:
         layers = targeted(model, target)
         if not layers:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in _linear_layers(model)}))
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
             raise UserError(f"--target-modules {target}: no linear layer of {base.name} has this name; it has {known}")
         for name, layer in layers.items():
             shape = _shape(layer)
@@ -138,10 +138,11 @@ def skeleton(base: BaseModel) -> PreTrainedModel:
 
 def targeted(model: nn.Module, target: str) -> dict[str, nn.Linear | Conv1D]:
     """The linear layers that a target means, by their full names."""
-    return {name: layer for name, layer in _linear_layers(model).items() if _names(target, name)}
+    return {name: layer for name, layer in linear_layers(model).items() if _names(target, name)}
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers by their full names, in the order of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
