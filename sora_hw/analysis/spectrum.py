@@ -9,12 +9,53 @@ Source: the paper, Figures 1, 2 and 4 and Theorem 1.
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from sora_hw.conditioning import Conditioning, LinearMap, Parameters, conditioned_weight, linear_map, low_rank_rows
 
 CORE, DENSE = "core", "dense"  # how singular values were computed
+_BLOCK = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")  # encoder.layer.3.output.dense: the number of its block, its place there
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """Of one layer's `dW = W' - W0`.
+
+    Attributes:
+        name: the layer's full name in the model, such as model.layers.0.self_attn.q_proj.
+        shape: (out, in).
+        computed: `CORE` or `DENSE`.
+        entropy: of the singular values, nats.
+        stable_rank: `||dW||_F^2 / ||dW||_2^2`.
+        norm: `||dW||_F`.
+        singular_values: descending; from a core only those that can differ from zero.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    computed: str
+    entropy: float
+    stable_rank: float
+    norm: float
+    singular_values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, int], computed: str, sigma: Tensor) -> LayerSpectrum:
+        """From the singular values, descending."""
+        norm = torch.linalg.vector_norm(sigma).item()
+        return cls(
+            name, shape, computed, singular_value_entropy(sigma), stable_rank(sigma), norm, tuple(sigma.tolist())
+        )
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """The number of the layer's block, and its name within it; block 0 for one outside of all blocks."""
+        found = _BLOCK.fullmatch(self.name)
+        return (int(found[1]), found[2]) if found else (0, self.name)
 
 
 def how_computed(conditioning: Conditioning) -> str:
