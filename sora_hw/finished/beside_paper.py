@@ -196,6 +196,12 @@ def _table(name: str, how: str, settings: Sequence[Setting]) -> Table:
     if any(row.has_paper for row in rows):
         title += f", beside the paper's Table {sheet.number}"
         notes += [sheet.note, _difference(sheet, of.recipe.model, "trained_on" in keys)]
+    elif how in sheet.beside:
+        ranks = ", ".join(map(str, sheet.ranks))
+        notes.append(
+            f"The paper's Table {sheet.number} has none of these rows: its rank is {ranks}, that of its rotation "
+            f"{sheet.recipe.rotation_rank}."
+        )
     columns = [RATE] * bool(sheet.rates) + [sheet.columns[task] for task in tasks] + [AVERAGE] * (len(tasks) > 1)
     return Table(title, tuple(key.replace("_", " ") for key in keys), tuple(columns), rows, _told(notes))
 
