@@ -3,6 +3,7 @@
     sora-hw doctor      what this machine has, what is missing, and what to do about it
     sora-hw plan        what a launcher would do, whether it fits, and the variables for several machines
     sora-hw compare     runs and sweeps beside one another and beside the paper
+    sora-hw spectrum    singular values of what runs have learned, and the paper's figures of them
 
 A subcommand is a function `(arguments, console) -> exit code`, added in `_parser`. Exit codes: 0 for success, 1 for a
 finding that the subcommand exists to report, 2 for an error of the user's.
@@ -63,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=("terminal", "markdown", "csv", "json"), default="terminal", help="of the tables [terminal]"
     )
     command.set_defaults(run=compare)
+    command = commands.add_parser("spectrum", help="singular values of what runs have learned, as table and figures")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a sweep")
+    command.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for the figures; a single run's folder, otherwise runs/spectra"
+    )
+    command.set_defaults(run=spectrum)
     return parser
 
 
@@ -84,6 +91,16 @@ def compare(arguments: argparse.Namespace, console: Console) -> int:
         tables.print_tables(found, console)
     else:
         print(tables.FORMATS[arguments.format](found), end="")
+    return 0
+
+
+def spectrum(arguments: argparse.Namespace, console: Console) -> int:
+    """Compute the spectra of finished runs into their folders, print a table and draw the figures."""
+    from sora_hw.finished.spectra import show_spectra
+    from sora_hw.training.ranks import silence
+
+    silence()
+    show_spectra(arguments.runs, arguments.output, console)
     return 0
 
 

@@ -169,10 +169,13 @@ def conditioned_weight(weight: Tensor, linear: LinearMap, a: Tensor, scaling: fl
         scaling: `s`.
     """
     weight = weight.to(linear.b.dtype)
-    rows = scaling * a.to(weight.dtype)
-    if linear.q is not None:
-        rows = torch.cat([rows, linear.q.T @ weight])
-    return torch.addmm(_scaled(linear.c, weight), linear.b, rows)
+    return torch.addmm(_scaled(linear.c, weight), linear.b, low_rank_rows(weight, linear, a, scaling))
+
+
+def low_rank_rows(weight: Tensor, linear: LinearMap, a: Tensor, scaling: float) -> Tensor:
+    """`[s A; Q^T W0]`, (r + q, in): what `B'` multiplies in `W'`. Arguments as of `conditioned_weight`."""
+    rows = scaling * a.to(linear.b.dtype)
+    return rows if linear.q is None else torch.cat([rows, linear.q.T @ weight.to(rows.dtype)])
 
 
 def conditioned_bias(bias: Tensor, linear: LinearMap) -> Tensor:

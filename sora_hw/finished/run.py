@@ -28,9 +28,14 @@ class FinishedRun:
         return str(self.manifest.get("status"))
 
     @property
+    def trained_folder(self) -> Path:
+        """Where the adapter or, after full fine-tuning, the model is, or would be."""
+        return self.path / (MODEL if self.recipe.method == FULL else ADAPTER)
+
+    @property
     def trained(self) -> Path:
         """The folder of the adapter or, after full fine-tuning, of the model. Raises UserError where there is none."""
-        folder = self.path / (MODEL if self.recipe.method == FULL else ADAPTER)
+        folder = self.trained_folder
         if not folder.is_dir():
             raise UserError(f"{self.path}: the run has left no {folder.name}/ (its status: {self.status})")
         return folder

@@ -111,14 +111,14 @@ def check_model(base: BaseModel, recipe: Recipe) -> int | None:
             raise UserError(
                 f"--modules-to-save {name}: {base.name} has no layer of this name; outermost it has {known}"
             )
-    layers = {name: _shape(module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     largest = 0
     for target in recipe.target_modules:
-        shapes = {name: shape for name, shape in layers.items() if _names(target, name)}
-        if not shapes:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        layers = targeted(model, target)
+        if not layers:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
             raise UserError(f"--target-modules {target}: no linear layer of {base.name} has this name; it has {known}")
-        for name, shape in shapes.items():
+        for name, layer in layers.items():
+            shape = _shape(layer)
             if recipe.low_rank:
                 _check_rank("--rank", recipe.rank, name, shape)
                 _check_rank("--rotation-rank", recipe.rotation_rank, name, shape)
@@ -134,6 +134,16 @@ def skeleton(base: BaseModel) -> PreTrainedModel:
     except ValueError as error:
         kind = base.auto_class.__name__.removeprefix("AutoModelFor")
         raise UserError(f"--model {base.name}: not a model for {kind} ({_first_sentence(error)})") from None
+
+
+def targeted(model: nn.Module, target: str) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers that a target means, by their full names."""
+    return {name: layer for name, layer in linear_layers(model).items() if _names(target, name)}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers by their full names, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _names(target: str, layer: str) -> bool:
@@ -221,13 +231,15 @@ def load_tokenizer(base: BaseModel, objective: Objective) -> PreTrainedTokenizer
     return tokenizer
 
 
-def load_model(base: BaseModel, profile: Profile) -> PreTrainedModel:
+def load_model(base: BaseModel, profile: Profile, **placement: object) -> PreTrainedModel:
     """The model with its weights; sharded while it is loaded where ZeRO-3 has been configured before.
+
+    placement: where other than in memory, as transformers takes it (`device_map`, `offload_folder`).
 
     Raises UserError when its files cannot be loaded.
     """
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    options: dict[str, object] = {"dtype": getattr(torch, profile.dtype)}
+    options: dict[str, object] = {"dtype": getattr(torch, profile.dtype), **placement}
     if profile.four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]

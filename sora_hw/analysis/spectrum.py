@@ -1,0 +1,134 @@
+"""The spectrum of what a layer has learned: the singular values of `dW = W' - W0`, their entropy, the stable rank.
+
+Everything is float64. Where nothing scales the weight (LoRA, Pre-Ortho, Post-Ortho and pairs of rotations) `dW` is a
+product of thin factors, and its singular values are those of a small core; a diagonal or a magnitude gives `dW` full
+rank, and it is formed and decomposed whole.
+
+Source: the paper, Figures 1, 2 and 4 and Theorem 1.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sora_hw.conditioning import Conditioning, LinearMap, Parameters, conditioned_weight, linear_map, low_rank_rows
+
+CORE, DENSE = "core", "dense"  # how singular values were computed
+_BLOCK = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")  # encoder.layer.3.output.dense: the number of its block, its place there
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """Of one layer's `dW = W' - W0`.
+
+    Attributes:
+        name: the layer's full name in the model, such as model.layers.0.self_attn.q_proj.
+        shape: (out, in).
+        computed: `CORE` or `DENSE`.
+        entropy: of the singular values, nats.
+        stable_rank: `||dW||_F^2 / ||dW||_2^2`.
+        norm: `||dW||_F`.
+        singular_values: descending; from a core only those that can differ from zero.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    computed: str
+    entropy: float
+    stable_rank: float
+    norm: float
+    singular_values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, int], computed: str, sigma: Tensor) -> LayerSpectrum:
+        """From the singular values, descending."""
+        norm = torch.linalg.vector_norm(sigma).item()
+        return cls(
+            name, shape, computed, singular_value_entropy(sigma), stable_rank(sigma), norm, tuple(sigma.tolist())
+        )
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """The number of the layer's block, and its name within it; block 0 for one outside of all blocks."""
+        found = _BLOCK.fullmatch(self.name)
+        return (int(found[1]), found[2]) if found else (0, self.name)
+
+
+def how_computed(conditioning: Conditioning) -> str:
+    """`CORE` where `dW` is a product of thin factors, otherwise `DENSE`."""
+    return DENSE if conditioning.scales else CORE
+
+
+def conditioned_singular_values(
+    weight: Tensor, conditioning: Conditioning, parameters: Parameters, scaling: float
+) -> Tensor:
+    """The singular values of an adapter's `dW`, descending, float64, exact to its rounding.
+
+    Args:
+        weight: `W0`, (out, in), any floating dtype.
+        conditioning: the pair of transformations.
+        parameters: the adapter's, as `Conditioning.parameter_shapes` names them.
+        scaling: `s`, the factor of the low-rank update.
+
+    Returns:
+        All min(out, in) of them; from the core only those that can differ from zero, at most r + 2 rp for one rotation.
+    """
+    p = {name: value.double() for name, value in parameters.items()}
+    weight = weight.double()
+    linear = _linear_map(weight, conditioning, p, scaling)
+    if how_computed(conditioning) == CORE:
+        return low_rank_singular_values(linear.b, low_rank_rows(weight, linear, p["A"], scaling))
+    return singular_values(conditioned_weight(weight, linear, p["A"], scaling).sub_(weight))
+
+
+def _linear_map(weight: Tensor, conditioning: Conditioning, p: Parameters, scaling: float) -> LinearMap:
+    def row_norm(c: Tensor | None, b: Tensor, a: Tensor) -> Tensor:
+        base = weight if c is None else c[:, None] * weight
+        return torch.linalg.vector_norm(torch.addmm(base, b, a), dim=1)
+
+    return linear_map(conditioning, p, scaling, row_norm, pull_back=lambda q: weight.T @ q)
+
+
+def low_rank_singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """The singular values of `left @ right`, descending, float64, without forming the product.
+
+    Orthonormal factors of the two leave a core of min(out, R) x min(in, R) with the same singular values.
+
+    Args:
+        left: (out, R).
+        right: (R, in).
+
+    Returns:
+        (min(out, in, R),); the others are zero.
+    """
+    upper_left = torch.linalg.qr(left.double(), mode="r").R
+    upper_right = torch.linalg.qr(right.double().T, mode="r").R
+    return torch.linalg.svdvals(upper_left @ upper_right.T)
+
+
+def singular_values(update: Tensor) -> Tensor:
+    """The singular values of `dW` (out, in), descending, float64."""
+    return torch.linalg.svdvals(update.double())
+
+
+def singular_value_entropy(sigma: Tensor) -> float:
+    """`H = -sum p log p` with `p = sigma^2 / sum sigma^2`, in nats: log k for k equal values, at most log of their
+    number. 0 for an update of zero, which has no directions."""
+    shares = _relative_squares(sigma)
+    return torch.special.entr(shares / shares.sum()).sum().item() if len(shares) else 0.0
+
+
+def stable_rank(sigma: Tensor) -> float:
+    """`||dW||_F^2 / ||dW||_2^2`, between 1 and the rank. 0 for an update of zero."""
+    return _relative_squares(sigma).sum().item()
+
+
+def _relative_squares(sigma: Tensor) -> Tensor:
+    """`(sigma / largest)^2`, which neither overflows nor vanishes; empty where all are zero."""
+    sigma = sigma.double()
+    largest = sigma.max() if len(sigma) else 0.0
+    return (sigma / largest).square() if largest > 0 else sigma[:0]

@@ -1,0 +1,198 @@
+"""The spectra of what runs have learned: RUN/spectrum.json, a table, and the paper's figures of them."""
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sora_hw.analysis.figures import COLOURS, Series, draw_all
+from sora_hw.analysis.spectrum import LayerSpectrum
+from sora_hw.errors import UserError
+from sora_hw.finished.layer_spectra import Watch, layer_spectra
+from sora_hw.finished.run import FinishedRun, read_runs
+from sora_hw.recipes.recipe import Recipe
+from sora_hw.training.run_folder import RUNS
+
+FILE = "spectrum.json"
+VERSION = 1
+PLAIN_SECONDS = 30  # between lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of one run. `trained` is the checksum of what it trained; `recipe` its recipe's name, such as glue-rte."""
+
+    method: str
+    recipe: str
+    seed: int
+    trained: str
+    layers: Sequence[LayerSpectrum]
+
+    @property
+    def mean_entropy(self) -> float:
+        """Over the layers, nats."""
+        return statistics.fmean(layer.entropy for layer in self.layers)
+
+    @property
+    def mean_stable_rank(self) -> float:
+        """Over the layers."""
+        return statistics.fmean(layer.stable_rank for layer in self.layers)
+
+
+def read_spectrum(run: FinishedRun) -> Spectrum | None:
+    """The spectrum in the run's folder; None where there is none of what now lies trained there.
+
+    Raises UserError where the file is damaged.
+    """
+    file = run.path / FILE
+    if not (file.exists() and run.trained_folder.is_dir()):
+        return None
+    try:
+        content = json.loads(file.read_text())
+        if content["version"] != VERSION or content["trained"] != _checksum(run.trained):
+            return None
+        layers = [
+            LayerSpectrum(**{**each, **{name: tuple(each[name]) for name in ("shape", "singular_values")}})
+            for each in content["layers"]
+        ]
+        return Spectrum(content["method"], content["recipe"], content["seed"], content["trained"], layers)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged; delete it and run `sora-hw spectrum {run.path}`") from None
+
+
+def _write_spectrum(run: FinishedRun, spectrum: Spectrum) -> None:
+    """Write spectrum.json into the run's folder, whole or not at all."""
+    means = {"mean_entropy": spectrum.mean_entropy, "mean_stable_rank": spectrum.mean_stable_rank}
+    content = {"version": VERSION, **asdict(spectrum), **means}
+    aside = run.path / f"{FILE}.part"
+    aside.write_text(json.dumps(content, allow_nan=False) + "\n")
+    os.replace(aside, run.path / FILE)
+
+
+def show_spectra(folders: Sequence[Path], output: Path | None, console: Console) -> None:
+    """Compute the spectra of the runs in `folders`, runs or sweeps, print them in a table, and draw the figures.
+
+    output: the folder for the figures; by default that of a single run, and runs/spectra for several.
+
+    Raises UserError where there is no run, or what one has trained or its base model is missing or damaged.
+    """
+    runs = [run for run in read_runs(folders) if not _left_out(run, console)]
+    if not runs:
+        raise UserError("every run has diverged: there is nothing whose spectrum could be computed")
+    output = output or (runs[0].path if len(runs) == 1 else RUNS / "spectra")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: the folder cannot be made ({error.strerror})") from None
+    spectra = [(run, spectrum_of(run, console)) for run in runs]
+    series = _series(spectra)
+    console.print(_table(series), soft_wrap=True)
+    for file in draw_all(series, output):
+        console.print(f"{file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _left_out(run: FinishedRun, console: Console) -> bool:
+    diverged = run.status == "diverged"
+    if diverged:
+        console.print(f"{run.path}: has diverged, left out", markup=False, highlight=False, soft_wrap=True)
+    return diverged
+
+
+def spectrum_of(run: FinishedRun, console: Console) -> Spectrum:
+    """The spectrum of what the run has trained, written into its folder; the one there, if that is what it is of.
+
+    Raises UserError as `layer_spectra` does.
+    """
+    started = time.monotonic()
+    trained = run.trained
+    how = "known"
+    if (spectrum := read_spectrum(run)) is None:
+        with _progress(run, console) as watch:
+            layers = layer_spectra(run, watch)
+        spectrum = Spectrum(run.recipe.method, run.recipe.name, run.recipe.seed, _checksum(trained), layers)
+        _write_spectrum(run, spectrum)
+        how = f"{time.monotonic() - started:.1f} s"
+    console.print(
+        f"{run.path}: entropy {spectrum.mean_entropy:.3f}, stable rank {spectrum.mean_stable_rank:.2f}, mean of "
+        f"{len(spectrum.layers)} layers ({spectrum.layers[0].computed}, {how})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return spectrum
+
+
+def _checksum(folder: Path) -> str:
+    """SHA-256 of the weights and the configuration in `folder`."""
+    digest = hashlib.sha256()
+    for file in sorted(chain(folder.glob("*.safetensors"), folder.glob("*config.json"))):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _progress(run: FinishedRun, console: Console) -> Iterator[Watch]:
+    """A bar on a terminal, now and then a line elsewhere."""
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task(run.path.name)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    printed = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed > PLAIN_SECONDS:
+            printed = time.monotonic()
+            console.print(f"{run.path}: layer {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+
+    yield line
+
+
+def _series(spectra: Sequence[tuple[FinishedRun, Spectrum]]) -> list[Series]:
+    """The runs that differ in their seed alone together, in the order of the methods.
+
+    Where a method was run in several settings on a task, each is named by what it differs in.
+    """
+    settings: dict[Recipe, list[Spectrum]] = {}
+    for run, spectrum in spectra:
+        settings.setdefault(replace(run.recipe, seed=0), []).append(spectrum)
+    series = []
+    for recipe in sorted(settings, key=lambda recipe: list(COLOURS).index(recipe.method)):
+        others = [other for other in settings if (other.name, other.method) == (recipe.name, recipe.method)]
+        differing = [
+            field.name
+            for field in fields(recipe)
+            if any(getattr(other, field.name) != getattr(recipe, field.name) for other in others)
+        ]
+        note = ", ".join(f"{name.replace('_', ' ')} {getattr(recipe, name)}" for name in differing)
+        task = recipe.name.removeprefix("glue-")
+        series.append(Series(recipe.method, note, task, [spectrum.layers for spectrum in settings[recipe]]))
+    return series
+
+
+def _table(series: Sequence[Series]) -> Table:
+    """A row for every setting: means over the layers, and over the seeds with their standard deviation."""
+    table = Table(title="singular values of what was learned, mean of the layers", title_justify="left")
+    for column in ("task", "method", "seeds", "entropy", "stable rank"):
+        table.add_column(column)
+    for each in series:
+        spreads = [_shown(each.means(attribute)) for attribute in ("entropy", "stable_rank")]
+        table.add_row(each.task, each.label, str(len(each.runs)), *spreads)
+    return table
+
+
+def _shown(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
