@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sora_hw.analysis.figures import COLOURS
 from sora_hw.conditioning import PRESETS
 from sora_hw.evaluation.tasks import COMMONSENSE, MATH, TASKS
 from sora_hw.finished.scores import ACCURACY, GENERATION, LIKELIHOOD, NORMALISED, Score
 from sora_hw.finished.tables import Cell, Row, Table
 from sora_hw.recipes import commonsense, glue, metamath, published
-from sora_hw.recipes.recipe import FULL, LORA_PLUS, OFT, Recipe
+from sora_hw.recipes.recipe import Recipe
 
 GLUE = "GLUE"
 UNTUNED = "not tuned"  # stands where a tuned model's method does
-ROWS = (UNTUNED, OFT, LORA_PLUS, *PRESETS, FULL)  # from top to bottom
+ROWS = (UNTUNED, *COLOURS)  # from top to bottom, as in every legend
 AVERAGE, RATE = "average", "trainable, %"
 
 
@@ -215,7 +216,7 @@ def _keys(sheet: Sheet, settings: Sequence[Setting]) -> list[str]:
 
 
 def _place(setting: Setting) -> tuple[str, float, int, int]:
-    rank = setting.rank or (math.inf if setting.method == FULL else 0)
+    rank = setting.rank or (math.inf if setting.tuned else 0)
     return setting.trained_on or "", rank, ROWS.index(setting.method), setting.rotation_rank or 0
 
 
