@@ -17,6 +17,7 @@ import itertools
 import json
 import platform
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import peft
@@ -47,7 +48,7 @@ CPU = {
     "shapes": ["2048x2048"],
     "rows": [2048, 512],
     "dtypes": ["float32", "bfloat16"],
-    "passes": ["both"],
+    "passes": ["both", "inference"],
     "ranks": [16],
     "rotation_ranks": [1],
     "compiled": False,
@@ -69,11 +70,12 @@ def main() -> None:
         show(columns, console)
         results += columns
         if arguments.json:  # after every case: a long run may be broken off
-            machine = {"hardware": hardware(arguments.device), "torch": torch.__version__, "peft": peft.__version__}
+            machine = {"hardware": hardware(arguments.device), "date": today(), "torch": torch.__version__}
+            machine["peft"] = peft.__version__
             arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
     if arguments.chart:
         draw(
-            {f"{r['shape']}, N {r['rows']}": r["ratios"] for r in results if r["ratios"]},
+            {f"{r['pass']}, {r['dtype']}\n{r['shape']}, N {r['rows']}": r["ratios"] for r in results if r["ratios"]},
             "time, frozen linear = 1",
             arguments.chart,
         )
@@ -200,6 +202,10 @@ def show(columns: list[dict], console: Console) -> None:
 
 def shown(value: float | None) -> str:
     return "out of memory" if value is None else f"{value:.3f}"
+
+
+def today() -> str:
+    return datetime.now(UTC).date().isoformat()
 
 
 def hardware(device: str) -> str:

@@ -1,12 +1,13 @@
-"""A training step of a whole model: tokens per second and peak memory of every method, as the paper's Figure 5.
+"""A training step and a forward pass of a whole model: tokens per second and peak memory of every method.
 
     python kernels/bench/step.py [--device cuda|cpu] [--layers 32] [--micro-batches 1 2 4 8] [--checkpointing]
                                  [--memory-gib 24] [--json FILE] [--chart FILE]
 
 A Llama of LLaMA3-8B's shape with random weights in bfloat16, sequences of 512 random tokens, adapters on q, k, v, up
-and down (the paper's commonsense recipe, dropout 0), AdamW. One method after the other, each in a model of its own;
-what does not fit into memory is said so. `--memory-gib 24` allows no more than an RTX 4090 has. On a processor a small
-model of the same kind shows that the program works, no more.
+and down (the paper's commonsense recipe, dropout 0), AdamW; the forward pass is of the adapter as it is, not merged.
+One method after the other, each in a model of its own; what does not fit into memory is said so. `--memory-gib 24`
+allows no more than an RTX 4090 has. On a processor a small model of the same kind shows that the program works, no
+more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 from chart import draw
-from linear import hardware
+from linear import hardware, today
 from peers import ALPHA, METHODS, SoraByFormula
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -67,7 +68,8 @@ def main() -> None:
             show(results[-1], console)
     table(results, console)
     if arguments.json:
-        machine = {"hardware": hardware(arguments.device), "torch": torch.__version__, "layers": arguments.layers}
+        machine = {"hardware": hardware(arguments.device), "date": today(), "torch": torch.__version__}
+        machine |= {"layers": arguments.layers, "rank": arguments.rank, "rotation_rank": arguments.rotation_rank}
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
     if arguments.chart:
         groups = {f"micro-batch {batch}": speeds(results, batch) for batch in arguments.micro_batches}
@@ -99,29 +101,42 @@ def by_formula(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
 
 
 def measure(adapt: Callable[[nn.Module], nn.Module], micro_batch: int, arguments: argparse.Namespace) -> dict:
-    """Tokens per second and peak memory in bytes of one method, or None for both where memory does not suffice."""
+    """Tokens per second of training and of inference and peak memory in bytes of one method, or None for all where
+    memory does not suffice."""
     device = torch.device(arguments.device)
     memory = torch.get_device_module(device) if device.type != "cpu" else None
-    try:
-        step = train_step(adapt, micro_batch, arguments)
-        if memory:
-            memory.reset_peak_memory_stats()  # the peak counts the first step, which decides whether a run starts
+
+    def tokens_per_second(step: Callable[[], object]) -> float:
         for _ in range(3):  # to warm up
             step()
         spent = statistics.median(milliseconds(lambda: step, device) for _ in range(arguments.repeats))
+        return micro_batch * LENGTH / spent * 1e3
+
+    try:
+        train, infer = steps(adapt, micro_batch, arguments)
+        if memory:
+            memory.reset_peak_memory_stats()  # the peak counts the first step, which decides whether a run starts
+        training = tokens_per_second(train)
         peak = memory.max_memory_allocated() if memory else None
-        return {"tokens_per_second": micro_batch * LENGTH / spent * 1e3, "peak_bytes": peak}
+        return {
+            "tokens_per_second": training,
+            "inference_tokens_per_second": tokens_per_second(infer),
+            "peak_bytes": peak,
+        }
     except torch.OutOfMemoryError:
-        return {"tokens_per_second": None, "peak_bytes": None}
+        return {"tokens_per_second": None, "inference_tokens_per_second": None, "peak_bytes": None}
     finally:
-        step = None
+        train = infer = None
         gc.collect()
         if memory:
             memory.empty_cache()
         time.sleep(0.1)
 
 
-def train_step(adapt: Callable, micro_batch: int, arguments: argparse.Namespace) -> Callable[[], None]:
+def steps(
+    adapt: Callable, micro_batch: int, arguments: argparse.Namespace
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A step of training and a forward pass without gradients, on the same model and tokens."""
     torch.manual_seed(0)
     shape = TINY if arguments.device == "cpu" else LLAMA3_8B
     with torch.device(arguments.device):
@@ -130,16 +145,22 @@ def train_step(adapt: Callable, micro_batch: int, arguments: argparse.Namespace)
     if arguments.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    model = adapt(model).train()
+    model = adapt(model)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(shape["vocab_size"], (micro_batch, LENGTH), device=arguments.device)
 
-    def step() -> None:
+    def train() -> None:
+        model.train()
         model(input_ids=ids, labels=ids).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
 
-    return step
+    def infer() -> object:
+        model.eval()
+        with torch.no_grad():
+            return model(input_ids=ids)
+
+    return train, infer
 
 
 def speeds(results: list[dict], micro_batch: int) -> dict[str, float]:
@@ -147,8 +168,8 @@ def speeds(results: list[dict], micro_batch: int) -> dict[str, float]:
 
 
 def show(result: dict, console: Console) -> None:
-    speed = result["tokens_per_second"]
-    told = "out of memory" if speed is None else f"{speed:,.0f} tokens/s"
+    speed, inference = result["tokens_per_second"], result["inference_tokens_per_second"]
+    told = "out of memory" if speed is None else f"{speed:,.0f} tokens/s, inference {inference:,.0f} tokens/s"
     console.print(f"{result['method']}, micro-batch {result['micro_batch']}: {told}")
 
 

@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sora_hw.analysis.figures import COLOURS
 from sora_hw.conditioning import PRESETS
 from sora_hw.evaluation.tasks import COMMONSENSE, MATH, TASKS
 from sora_hw.finished.scores import ACCURACY, GENERATION, LIKELIHOOD, NORMALISED, Score
 from sora_hw.finished.tables import Cell, Row, Table
 from sora_hw.recipes import commonsense, glue, metamath, published
-from sora_hw.recipes.recipe import FULL, LORA_PLUS, OFT, Recipe
+from sora_hw.recipes.recipe import Recipe
 
 GLUE = "GLUE"
 UNTUNED = "not tuned"  # stands where a tuned model's method does
-ROWS = (UNTUNED, OFT, LORA_PLUS, *PRESETS, FULL)  # from top to bottom
+ROWS = (UNTUNED, *COLOURS)  # from top to bottom, as in every legend
 AVERAGE, RATE = "average", "trainable, %"
 
 
@@ -196,6 +197,12 @@ def _table(name: str, how: str, settings: Sequence[Setting]) -> Table:
     if any(row.has_paper for row in rows):
         title += f", beside the paper's Table {sheet.number}"
         notes += [sheet.note, _difference(sheet, of.recipe.model, "trained_on" in keys)]
+    elif how in sheet.beside:
+        ranks = ", ".join(map(str, sheet.ranks))
+        notes.append(
+            f"The paper's Table {sheet.number} has none of these rows: its rank is {ranks}, that of its rotation "
+            f"{sheet.recipe.rotation_rank}."
+        )
     columns = [RATE] * bool(sheet.rates) + [sheet.columns[task] for task in tasks] + [AVERAGE] * (len(tasks) > 1)
     return Table(title, tuple(key.replace("_", " ") for key in keys), tuple(columns), rows, _told(notes))
 
@@ -209,7 +216,7 @@ def _keys(sheet: Sheet, settings: Sequence[Setting]) -> list[str]:
 
 
 def _place(setting: Setting) -> tuple[str, float, int, int]:
-    rank = setting.rank or (math.inf if setting.method == FULL else 0)
+    rank = setting.rank or (math.inf if setting.tuned else 0)
     return setting.trained_on or "", rank, ROWS.index(setting.method), setting.rotation_rank or 0
 
 
