@@ -1,5 +1,6 @@
 """The page of a run: what a reader sees in a browser, and that it is what the run's files say."""
 
+import hashlib
 import io
 import json
 import math
@@ -29,14 +30,17 @@ QUIET = (
 HOSTILE = '</style></script><script>document.title="taken"</script><img src=x onerror="document.title=1">&amp;'
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 STEPS = 40
+CONFIG = b"{}"  # all that was trained here; a spectrum is shown beside it only with its checksum
+NO_WEIGHTS = hashlib.sha256(CONFIG).digest()
 
 
 def history(steps=STEPS, height=2.0):
-    """A log with everything in it: a loss that falls with ripples, and a validation at the middle and at the end."""
+    """A log with everything in it: a loss that falls from about `height` with ripples, and a validation at the middle
+    and at the end."""
     entries = []
     for step in range(1, steps + 1):
         loss = height * math.exp(-step / 12) + 0.3 + 0.05 * math.sin(step)
-        speed, memory = 3000 + 500 * math.cos(step), 0.75 + 0.001 * step
+        speed, memory = 1500 * height + 500 * math.cos(step), 0.375 * height + 0.001 * step
         entry = {"step": step, "loss": loss, "learning_rate": 1e-3 * (1 - step / steps), "grad_norm": 1 + 1 / step}
         entries.append({**entry, "tokens_per_second": speed, "peak_memory_gib": memory})
         if step % (steps // 2) == 0:
@@ -75,10 +79,12 @@ def add_spectrum(folder, method, low):
     for number in range(6):
         sigma = [0.5 ** (index * (1 + number / 6)) for index in range(8)]
         numbers = {"entropy": low + number / 10, "stable_rank": 1.0 + number, "norm": 1.5}
-        name = f"model.layers.{number}.q_proj"
+        name = f"model.layers.{number // 2}.{'qk'[number % 2]}_proj"
         layers.append({"name": name, "shape": [64, 64], "computed": "core", **numbers, "singular_values": sigma})
-    content = {"version": 1, "method": method, "recipe": "commonsense", "seed": 42, "trained": "0", "layers": layers}
-    (folder / "spectrum.json").write_text(json.dumps(content))
+    content = {"version": 1, "method": method, "recipe": "commonsense", "seed": 42, "layers": layers}
+    (folder / "spectrum.json").write_text(json.dumps(content | {"trained": hashlib.sha256(NO_WEIGHTS).hexdigest()}))
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_bytes(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +312,7 @@ def test_hostile_text_stays_text(tmp_path, show):
         deepspeed={HOSTILE: TOKEN},
     )
     add_spectrum(folder, HOSTILE, 1.0)
-    text = (folder / "spectrum.json").read_text().replace("model.layers.0", json.dumps(HOSTILE)[1:-1])
+    text = (folder / "spectrum.json").read_text().replace("q_proj", json.dumps(HOSTILE)[1:-1])
     (folder / "spectrum.json").write_text(text)
     source = write_report([read_run(folder)]).read_text()
     assert TOKEN not in source and "notlikeatoken" not in source and source.count(HIDDEN) >= 5

@@ -4,10 +4,12 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from itertools import cycle
 
 from sora_hw.analysis.figures import COLOURS
+from sora_hw.analysis.spectrum import LayerSpectrum
 from sora_hw.finished.comparison import compare_runs
-from sora_hw.finished.report.charts import Chart, Line
+from sora_hw.finished.report.charts import Chart, Line, Point
 from sora_hw.finished.report.measured import Measured
 from sora_hw.finished.report.page import (
     Bar,
@@ -26,8 +28,10 @@ from sora_hw.finished.report.page import (
     table_of,
 )
 from sora_hw.finished.run import FinishedRun
+from sora_hw.finished.spectra import Spectrum
 from sora_hw.recipes.recipe import DATA, MODEL, OPTIMISATION, RUN
 
+BLOCK = "block of the model"
 SECOND = COLOURS["post_ortho"]  # beside the method's own colour
 PLAIN = COLOURS["full"]
 NO_LOSSES = "No losses yet: they are written with the first checkpoint."
@@ -131,46 +135,52 @@ def _spectra(measured: Measured) -> Iterator[Block]:
     if spectrum is None:
         yield Note("No spectra yet. To compute them:", f"sora-hw spectrum {shlex.quote(str(measured.run.path))}")
         return
-    entropies = [(float(index), layer.entropy) for index, layer in enumerate(spectrum.layers, 1)]
-    ranks = [(float(index), layer.stable_rank) for index, layer in enumerate(spectrum.layers, 1)]
-    layer, own = "layer, in the model's order", measured.colour
     yield Side(
         [
-            Chart("Singular-value entropy", "nats", layer, [Line("entropy", entropies, own, dots=True)], True),
-            Chart("Stable rank", "of dW", layer, [Line("stable rank", ranks, own, dots=True)], True),
+            Chart("Singular-value entropy", "nats", BLOCK, _by_kind(spectrum, "entropy"), from_zero=True),
+            Chart("Stable rank", "of dW", BLOCK, _by_kind(spectrum, "stable_rank"), from_zero=True),
             Chart(
                 "Singular values",
                 "of the layer's largest",
                 "number of the singular value",
-                spectrum_lines(measured),
+                _extremes(spectrum, measured.colour),
                 may_log=True,
             ),
         ]
     )
     rows = [
-        [
-            each.name,
-            "x".join(map(str, each.shape)),
-            f"{each.entropy:.3f}",
-            f"{each.stable_rank:.2f}",
-            f"{each.norm:.4g}",
-        ]
-        for each in spectrum.layers
+        [layer.name, " x ".join(map(str, layer.shape)), *(f"{value:#.4g}" for value in _numbers(layer))]
+        for layer in spectrum.layers
     ]
     header = ["layer", "shape", "entropy, nats", "stable rank", "norm of dW"]
     yield Details("Every layer", [Grid(header, rows)])
 
 
-def spectrum_lines(measured: Measured) -> list[Line]:
-    """The lowest, the middle and the highest entropy's layer: their singular values as shares of the largest."""
-    ordered = sorted(measured.spectrum.layers, key=lambda layer: layer.entropy)
+def _numbers(layer: LayerSpectrum) -> tuple[float, float, float]:
+    return layer.entropy, layer.stable_rank, layer.norm
+
+
+def _by_kind(spectrum: Spectrum, attribute: str) -> list[Line]:
+    """A line over the model's blocks for each place that a layer has in them."""
+    kinds: dict[str, list[Point]] = {}
+    for layer in spectrum.layers:
+        block, kind = layer.place
+        kinds.setdefault(kind, []).append((block, getattr(layer, attribute)))
+    return [
+        Line(kind, sorted(points), colour) for (kind, points), colour in zip(kinds.items(), cycle(COLOURS.values()))
+    ]
+
+
+def _extremes(spectrum: Spectrum, own: str) -> list[Line]:
+    """The singular values of the layers of the lowest, the middle and the highest entropy."""
+    ordered = sorted(spectrum.layers, key=lambda layer: layer.entropy)
     chosen = {"lowest entropy": ordered[0], "median": ordered[len(ordered) // 2], "highest": ordered[-1]}
-    colours = (PLAIN, measured.colour, SECOND if measured.colour != SECOND else COLOURS["lora"])
+    colours = (PLAIN, own, SECOND if own != SECOND else COLOURS["lora"])
     lines = []
     for (label, layer), colour in zip(chosen.items(), colours, strict=True):
-        largest = layer.singular_values[0]
-        shares = [(float(index), value / largest) for index, value in enumerate(layer.singular_values, 1)]
-        lines.append(Line(f"{label}: {layer.name}", [point for point in shares if point[1] > 0], colour))
+        sigma = [value for value in layer.singular_values if value > 0]
+        shares = [(index, value / sigma[0]) for index, value in enumerate(sigma, 1)]
+        lines.append(Line(f"{label}: {layer.name}", shares, colour))
     return lines
 
 

@@ -1,15 +1,18 @@
 """The page of several runs: the same figures and charts beside one another, and only what the runs differ in."""
 
 import shlex
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from sora_hw.analysis.figures import COLOURS
 from sora_hw.finished.comparison import compare_runs
-from sora_hw.finished.report.charts import Chart, Line
+from sora_hw.finished.report.charts import Chart, Line, Point
 from sora_hw.finished.report.measured import Measured
+from sora_hw.finished.report.one import BLOCK
 from sora_hw.finished.report.page import Bar, Bars, Block, Card, Grid, Note, Page, Scores, Section, Side, shown
 from sora_hw.finished.run import FinishedRun
+from sora_hw.finished.spectra import Spectrum
 from sora_hw.finished.tables import Cell, Row, Table
 
 BESIDE = ", beside the paper"  # in the title of a table that has its figures
@@ -125,8 +128,9 @@ def _merged(tables: Sequence[tuple[str, Table]]) -> Table:
     for name, table in tables:
         cells = dict(zip(table.columns, table.rows[0].cells, strict=True))
         rows.append(Row((name,), tuple(cells.get(column, Cell()) for column in columns)))
-    notes = tuple(dict.fromkeys(note for _, table in tables for note in table.notes))
-    return Table(max((table.title for _, table in tables), key=len), ("run",), columns, tuple(rows), notes)
+    telling = [table for _, table in tables if BESIDE in table.title] or [table for _, table in tables]
+    notes = tuple(dict.fromkeys(note for table in telling for note in table.notes))
+    return Table(telling[0].title, ("run",), columns, tuple(rows), notes)
 
 
 def _spectra(named: Sequence[Named]) -> Iterator[Block]:
@@ -139,19 +143,19 @@ def _spectra(named: Sequence[Named]) -> Iterator[Block]:
             Bar(name, mean / longest, f"{mean:.2f}", colour)
             for (name, colour, _), mean in zip(known, means, strict=True)
         ]
-        lines = [
-            Line(
-                name,
-                [(float(number), layer.entropy) for number, layer in enumerate(measured.spectrum.layers, 1)],
-                colour,
-            )
-            for name, colour, measured in known
-        ]
-        chart = Chart("Singular-value entropy", "nats", "layer, in the model's order", lines, True, wide=True)
+        lines = [Line(name, _by_block(measured.spectrum), colour) for name, colour, measured in known]
+        chart = Chart("Singular-value entropy", "nats, mean over the block", BLOCK, lines, from_zero=True, wide=True)
         yield Side([chart, Bars("Mean entropy over the layers, nats", bars)])
     if missing:
         which = shlex.join(missing) if len(missing) <= 2 else "RUN..."
         yield Note(f"No spectra yet of {len(missing)} of these runs. To compute them:", f"sora-hw spectrum {which}")
+
+
+def _by_block(spectrum: Spectrum) -> list[Point]:
+    blocks: dict[int, list[float]] = {}
+    for layer in spectrum.layers:
+        blocks.setdefault(layer.place[0], []).append(layer.entropy)
+    return [(block, statistics.fmean(entropies)) for block, entropies in sorted(blocks.items())]
 
 
 def _differences(named: Sequence[Named]) -> Block:
