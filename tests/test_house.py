@@ -170,6 +170,7 @@ def test_the_wheel_holds_two_packages_and_the_embedded_model(wheel):
     assert f"{dist_info}/licenses/LICENSE" in names
     modules = {_label(path).removeprefix("kernels/") for path in LIBRARY + KERNELS}
     assert {name for name in names if name.endswith(".py")} == modules
+    assert {f"sora_hw/finished/report/page.{kind}" for kind in ("html", "css")} <= set(names)
     model = {Path(name).name for name in names if name.startswith("sora_hw/data/embedded_model/")}
     assert {Path(name).parts[3] for name in names if name.startswith("sora_hw/recipes/models/")} == {
         *("Meta-Llama-3-8B", "gemma-7b", "deberta-v3-base")

@@ -11,8 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from sora_hw.errors import UserError
 from sora_hw.finished.tables import Table
@@ -170,15 +169,19 @@ def html(page: Page) -> str:
     """The page as one HTML document."""
     room = files(__package__)
     environment = Environment(
-        autoescape=True, finalize=_clean, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=FunctionLoader(lambda name: (room / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        finalize=_clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
-    template = environment.from_string((room / "page.html").read_text(encoding="utf-8"))
-    return template.render(page=page, style=Markup((room / "page.css").read_text(encoding="utf-8")))
+    return environment.get_template("page.html").render(page=page)
 
 
 def _clean(value: object) -> object:
-    """What the template writes: text without secrets; its own markup is made of such text."""
-    return without_secrets(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    """What the template writes: text without secrets; markup of its own (`__html__`) is made of such text."""
+    return without_secrets(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def write_page(page: Page, file: Path) -> None:
