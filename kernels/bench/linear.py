@@ -4,10 +4,10 @@
                                    [--shapes 4096x14336 block ...] [--rows ...] [--ranks ...] [--rotation-ranks ...]
                                    [--[no-]compiled] [--json FILE] [--chart FILE]
 
-Without options: on a processor N = 2048 and 512, in = out = 2048, one thread; on a GPU the shapes of LLaMA3-8B and
-`block`, the seven layers of one of its blocks in turn, in the whole grid of `GPU` below, compiled too. Two threads on a
-shared machine would measure its scheduler. The rows rotate over several buffers, so that no pass meets its input in a
-cache where training would not.
+Without options: on a processor training and inference, N = 2048 and 512, in = out = 2048, one thread; on a GPU the
+shapes of LLaMA3-8B and `block`, the seven layers of one of its blocks in turn, in the whole grid of `GPU` below,
+compiled too. Two threads on a shared machine would measure its scheduler. The rows rotate over several buffers, so that
+no pass meets its input in a cache where training would not.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from sora_hw.finished.tables import Cell, Row, Table
 from sora_hw.recipes import commonsense, glue, metamath, published
 from sora_hw.recipes.recipe import Recipe
 
-GLUE = "GLUE"
+GLUE = "GLUE"  # beside the kinds of tasks that are scored after training
 UNTUNED = "not tuned"  # stands where a tuned model's method does
 ROWS = (UNTUNED, *COLOURS)  # from top to bottom, as in every legend
 AVERAGE, RATE = "average", "trainable, %"
@@ -104,7 +104,7 @@ class Sheet:
 
 
 def _how(protocol: str, metric: str) -> str:
-    return f"{metric}, by {protocol}"
+    return f"{metric} by {protocol}"
 
 
 def _columns(kind: str) -> dict[str, str]:
@@ -142,7 +142,7 @@ SHEETS = {
         figures=lambda rank, method: _without_spread(published.COMMONSENSE.get(rank, {}).get(method, {})),
         averages=lambda rank, method: published.COMMONSENSE_AVERAGE.get(rank, {}).get(method),
         beside=(_how(LIKELIHOOD, ACCURACY), _how(LIKELIHOOD, NORMALISED)),
-        note="The paper's are zero-shot accuracies of lm-evaluation-harness; whether normalised by length is not said.",
+        note="The paper's are accuracies of lm-evaluation-harness, zero-shot; which of its two is not known here.",
     ),
     MATH: Sheet(
         number=4,
@@ -192,27 +192,31 @@ def _table(name: str, how: str, settings: Sequence[Setting]) -> Table:
     for setting in sorted(settings, key=_place):
         members.setdefault(tuple(str(getattr(setting, key) or "-") for key in keys), []).append(setting)
     rows = tuple(Row(row, _cells(name, how, tasks, theirs)) for row, theirs in members.items())
-    title = f"{how.capitalize() or name} of {of.recipe.model}"
+    title = f"{', '.join(filter(None, (name, how)))}, of {of.recipe.model}"
     notes = [_seeds(rows), _records(name, how, tasks, settings)]
     if any(row.has_paper for row in rows):
         title += f", beside the paper's Table {sheet.number}"
         notes += [sheet.note, _difference(sheet, of.recipe.model, "trained_on" in keys)]
-    elif how in sheet.beside:
-        ranks = ", ".join(map(str, sheet.ranks))
-        notes.append(
-            f"The paper's Table {sheet.number} has none of these rows: its rank is {ranks}, that of its rotation "
-            f"{sheet.recipe.rotation_rank}."
-        )
-    columns = [RATE] * bool(sheet.rates) + [sheet.columns[task] for task in tasks] + [AVERAGE] * (len(tasks) > 1)
+    columns = [RATE] * _shows_rate(sheet, how) + [sheet.columns[task] for task in tasks] + [AVERAGE] * (len(tasks) > 1)
     return Table(title, tuple(key.replace("_", " ") for key in keys), tuple(columns), rows, _told(notes))
+
+
+def _shows_rate(sheet: Sheet, how: str) -> bool:
+    return bool(sheet.rates) and how in sheet.beside
 
 
 def _keys(sheet: Sheet, settings: Sequence[Setting]) -> list[str]:
     """What the rows are told by: the method, and what of ours is not as in the paper's table."""
     ranks = len(sheet.ranks) > 1 or any(setting.rank not in (None, *sheet.ranks) for setting in settings)
-    rotation_ranks = any(setting.rotation_rank not in (None, sheet.recipe.rotation_rank) for setting in settings)
+    rotation_ranks = any(not _papers_rotation(setting) for setting in settings)
     elsewhere = any(setting.trained_on not in (None, benchmark(sheet.recipe)) for setting in settings)
     return ["trained_on"] * elsewhere + ["rank"] * ranks + ["method"] + ["rotation_rank"] * rotation_ranks
+
+
+def _papers_rotation(setting: Setting) -> bool:
+    """Whether it rotates as the paper does on the benchmark that it was trained on."""
+    ranks = {benchmark(sheet.recipe): sheet.recipe.rotation_rank for sheet in SHEETS.values()}
+    return setting.rotation_rank in (None, ranks.get(setting.trained_on))
 
 
 def _place(setting: Setting) -> tuple[str, float, int, int]:
@@ -224,15 +228,14 @@ def _cells(name: str, how: str, tasks: Sequence[str], settings: Sequence[Setting
     """Of one row: its tasks, and with several of them their average, which stands beside that of the same tasks."""
     sheet, setting = SHEETS[name], settings[0]
     figures, average, rate = {}, None, None
-    same = setting.rank in (None, *sheet.ranks) and setting.rotation_rank in (None, sheet.recipe.rotation_rank)
-    if how in sheet.beside and same:
+    if how in sheet.beside and setting.rank in (None, *sheet.ranks) and _papers_rotation(setting):
         figures = sheet.figures(setting.rank, setting.method)
         average = sheet.averages(setting.rank, setting.method)
         rate = sheet.rates.get(setting.method)
     scores = {measure: sample for each in settings for measure, sample in each.scores.items()}
     shares = [scores.get(Measure(name, task, how), Sample(())).values for task in tasks]
     cells = [_cell(own, *figures.get(task, (None, None))) for task, own in zip(tasks, shares, strict=True)]
-    first = [Cell(setting.rate, paper=rate)] if sheet.rates else []
+    first = [Cell(setting.rate, paper=rate)] if _shows_rate(sheet, how) else []
     return (*first, *cells, *_average(cells, average if set(tasks) == set(sheet.columns) else None))
 
 
@@ -314,5 +317,7 @@ def _records(name: str, how: str, tasks: Sequence[str], settings: Sequence[Setti
 
 def _difference(sheet: Sheet, model: str, trained_elsewhere: bool = False) -> str:
     """What keeps the two from being the same experiment."""
-    paper = sheet.recipe.model + f" trained on {benchmark(sheet.recipe)}" * trained_elsewhere
-    return f"The paper's figures are of {paper}, ours of {model}." if paper != model else ""
+    paper = sheet.recipe.model
+    if trained_elsewhere:
+        paper += f" trained on {benchmark(sheet.recipe)}, with rotations of rank {sheet.recipe.rotation_rank}"
+    return f"The paper's figures are of {paper}; ours of {model}." if paper != model else ""

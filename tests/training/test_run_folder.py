@@ -3,6 +3,9 @@
 import json
 from types import SimpleNamespace
 
+import pytest
+
+from sora_hw.errors import UserError
 from sora_hw.training.run_folder import RunFolder, newest_checkpoint, open_folder
 
 PLAN = SimpleNamespace(recipe=SimpleNamespace(name="commonsense", method="sora"))
@@ -59,6 +62,13 @@ def test_runs_are_numbered_where_no_folder_is_named(tmp_path, monkeypatch):
 
 def test_resuming_where_nothing_was_saved_starts_afresh(tmp_path):
     assert open_folder(request(output=tmp_path / "new", resume="auto"), PLAN, {}) == RunFolder(tmp_path / "new", None)
+
+
+@pytest.mark.parametrize(("sweep", "flag"), [(False, "--resume"), (True, "--sweep")])
+def test_another_run_is_refused_in_the_words_of_what_was_asked_for(tmp_path, sweep, flag):
+    (tmp_path / "run.json").write_text(json.dumps({"fingerprint": {"dtype": "float32"}}))
+    with pytest.raises(UserError, match=f"^{flag}: the run in .* its dtype is float32, here it is bfloat16$"):
+        open_folder(request(output=tmp_path, resume="auto", sweep=sweep), PLAN, {"dtype": "bfloat16"})
 
 
 def test_the_manifest_is_replaced_whole(tmp_path):
