@@ -44,3 +44,14 @@ def read_scores(folder: Path) -> list[Score]:
         return [Score(**score) for score in json.loads(file.read_text())["scores"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged; score the run again") from None
+
+
+def read_facts(folder: Path) -> dict[str, object]:
+    """What `write_scores` was told beside the scores; empty where there are none. Raises UserError as `read_scores`."""
+    file = folder / FILE
+    if not file.exists():
+        return {}
+    try:
+        return {name: value for name, value in json.loads(file.read_text()).items() if name != "scores"}
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{file} is damaged; score the run again") from None
