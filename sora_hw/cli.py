@@ -3,6 +3,7 @@
     sora-hw doctor      what this machine has, what is missing, and what to do about it
     sora-hw plan        what a launcher would do, whether it fits, and the variables for several machines
     sora-hw compare     sweeps beside one another and beside the paper
+    sora-hw generate    answers of a trained adapter
 
 A subcommand is a function `(arguments, console) -> exit code`, added in `_parser`. Exit codes: 0 for success, 1 for a
 finding that the subcommand exists to report, 2 for an error of the user's.
@@ -20,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sora_hw import __version__
+from sora_hw.devices.detect import BACKENDS
 from sora_hw.doctor import examine, ready
 from sora_hw.errors import UserError
 from sora_hw.recipes import BENCHMARKS
@@ -60,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("compare", help="sweeps beside one another and beside the paper")
     command.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="folder of a sweep")
     command.set_defaults(run=compare)
+    command = commands.add_parser("generate", help="answers of a trained adapter")
+    command.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
+    command.add_argument("questions", nargs="*", metavar="QUESTION", help="[the standard input is one]")
+    command.add_argument("--backend", choices=BACKENDS, default="auto", help="device type to run on [auto]")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer in tokens [128]")
+    command.set_defaults(run=generate)
     return parser
 
 
@@ -77,6 +85,19 @@ def compare(arguments: argparse.Namespace, console: Console) -> int:
     from sora_hw.finished.comparison import comparison
 
     console.print(comparison(arguments.sweeps), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def generate(arguments: argparse.Namespace, console: Console) -> int:
+    """Print a trained adapter's answers, and nothing else, to the standard output."""
+    from sora_hw.finished.generate import generate
+    from sora_hw.training import launch
+
+    launch.silence()
+    questions = arguments.questions or [sys.stdin.read()]
+    told = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    for answer in generate(arguments.folder, questions, arguments.backend, arguments.max_new_tokens, told):
+        print(answer)
     return 0
 
 

@@ -88,10 +88,13 @@ def letter(text: str) -> str | None:
 
 def strict_letter(text: str) -> str | None:
     """The letter that `text` gives as its answer: the last behind "answer is" or "answer:"; otherwise the one that is
-    the whole text, or that begins it and is set apart ("C) 12"); otherwise the only one in brackets."""
+    the whole text, or that begins it and is set apart ("C) 12"); otherwise the one in brackets. Of several in brackets
+    none is meant."""
     if named := AFTER_ANSWER.findall(text):
         return named[-1]
+    bracketed = set(IN_BRACKETS.findall(text))
+    if len(bracketed) > 1:
+        return None
     if alone := ALONE.match(text):
         return alone[1]
-    bracketed = set(IN_BRACKETS.findall(text))
-    return bracketed.pop() if len(bracketed) == 1 else None
+    return bracketed.pop() if bracketed else None

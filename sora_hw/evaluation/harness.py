@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from sora_hw.evaluation.tasks import Task
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 TASKS_OF_OURS = Path(__file__).parent / "harness_tasks"
 FIELDS = {"acc": "correct", "acc_norm": "correct_normalised"}  # of a prediction, by the harness' metrics
@@ -64,15 +66,22 @@ def local_task(task: Task, records: Sequence[ChoiceRecord]) -> "ConfigurableTask
 def official_task(task: Task) -> "ConfigurableTask":
     """The harness' own task, with its data from the hub. Raises UserError where the hub cannot give it."""
     _silence()
-    from lm_eval.tasks import TaskManager, get_task_dict
-
+    manager = _manager()
     try:
-        return get_task_dict([task.harness], TaskManager())[task.harness]
+        return manager.load([task.harness])["tasks"][task.harness]
     except Exception as error:  # whatever stands between here and the hub fails in its own way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"{task.harness}: the hub cannot give the harness' data ({reason}); give local files with --data FOLDER"
         ) from None
+
+
+@cache
+def _manager() -> "TaskManager":
+    """The harness' index of its tasks, which takes it seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _silence() -> None:

@@ -98,7 +98,7 @@ def _lines(file: Path) -> dict[int, dict[str, object]]:
         try:
             prediction = json.loads(line)
             found[prediction.pop("number")] = prediction
-        except (ValueError, AttributeError, KeyError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             continue
     return found
 
