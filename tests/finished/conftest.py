@@ -2,6 +2,9 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +17,8 @@ from sora_hw.data.embedded import MODEL_PATH
 from sora_hw.finished import score
 from sora_hw.recipes import commonsense
 from sora_hw.training.methods import add_method
+
+LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "score.py"
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +99,36 @@ def questions(tmp_path_factory) -> Path:
     (folder / "AddSub").mkdir()
     (folder / "AddSub" / "test.json").write_text(json.dumps(sums))  # where LLM-Adapters has it
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Callable[..., str]:
+    """Runs the launcher on two ranks to its end; what it printed."""
+    return _two_ranks
+
+
+def _two_ranks(*arguments: object, backend: str = "cpu", **variables: str) -> str:
+    """What the launcher prints when two ranks have run it to the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, str(LAUNCHER), "--backend", backend, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [
+        subprocess.Popen(
+            [*command, f"--local_rank={number}"],
+            env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)},
+            **pipes,
+        )
+        for number in range(2)
+    ]
+    try:
+        (out, err), (other_out, other_err) = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], err + other_err
+    assert other_out == "", "rank 0 alone speaks"
+    return out

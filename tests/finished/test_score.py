@@ -3,10 +3,6 @@
 import gzip
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,8 +15,6 @@ from sora_hw.evaluation.generation import GeneratedAnswers
 from sora_hw.finished.predictions import PredictionFile
 from sora_hw.finished.scores import read_facts, read_scores
 from sora_hw.recipes import glue
-
-LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "score.py"
 
 
 def predictions(folder: Path) -> dict[str, list[dict]]:
@@ -129,7 +123,7 @@ def test_it_goes_on_from_what_is_there(tmp_path, embedded_run, questions, score_
 
 
 @pytest.mark.shared_data
-def test_an_interruption_and_two_ranks(tmp_path, embedded_run, shared_data, score_here, monkeypatch):
+def test_an_interruption_and_two_ranks(tmp_path, embedded_run, shared_data, score_here, two_ranks, monkeypatch):
     """One rank is interrupted in its middle; two go on with another batch size, to what one makes undisturbed."""
     for kind, task, count in (("commonsense", "piqa", 40), ("math", "AQuA", 8)):
         lines = gzip.decompress((shared_data / kind / f"{task}.test.jsonl.gz").read_bytes()).splitlines(keepends=True)
@@ -157,32 +151,6 @@ def test_an_interruption_and_two_ranks(tmp_path, embedded_run, shared_data, scor
     assert predictions(output) == predictions(tmp_path / "whole")
     assert read_scores(output) == read_scores(tmp_path / "whole")
     assert read_facts(output)["ranks"] == 2
-
-
-def two_ranks(*arguments: object) -> str:
-    """What the launcher prints when two ranks have run it to the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, str(LAUNCHER), "--backend", "cpu", *map(str, arguments)]
-    common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen(
-            [*command, f"--local_rank={number}"],
-            env={**os.environ, **common, "RANK": str(number), "LOCAL_RANK": str(number), "OMP_NUM_THREADS": "1"},
-            **pipes,
-        )
-        for number in range(2)
-    ]
-    try:
-        (out, err), (other_out, other_err) = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], err + other_err
-    assert other_out == "", "rank 0 alone speaks"
-    return out
 
 
 @pytest.mark.parametrize(
