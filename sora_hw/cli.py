@@ -2,11 +2,12 @@
 
     sora-hw doctor      what this machine has, what is missing, and what to do about it
     sora-hw plan        what a launcher would do, whether it fits, and the variables for several machines
+    sora-hw generate    answers of a trained adapter
     sora-hw compare     runs and sweeps beside one another and beside the paper
-    sora-hw report      a run, or several beside one another, as one HTML page
     sora-hw spectrum    singular values of what runs have learned, and the paper's figures of them
+    sora-hw report      a run, or several beside one another, as one HTML page
 
-A subcommand is a function `(arguments, console) -> exit code`, added in `_parser`. Exit codes: 0 for success, 1 for a
+A subcommand is a function `(arguments, console) -> exit code`, added by its `_add_`. Exit codes: 0 for success, 1 for a
 finding that the subcommand exists to report, 2 for an error of the user's.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sora_hw import __version__
+from sora_hw.devices.detect import BACKENDS
 from sora_hw.doctor import examine, ready
 from sora_hw.errors import UserError
 from sora_hw.recipes import BENCHMARKS
@@ -49,8 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sora-hw", description="Weight-conditioned adapters: tools beside training.")
     parser.add_argument("--version", action="version", version=f"sora-hw {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_doctor, _add_plan, _add_generate, _add_compare, _add_spectrum, _add_report):
+        add(commands)
+    return parser
+
+
+def _add_doctor(commands) -> None:
     command = commands.add_parser("doctor", help="what this machine has, what is missing, and what to do about it")
     command.set_defaults(run=doctor)
+
+
+def _add_plan(commands) -> None:
     command = commands.add_parser(
         "plan", help="what a launcher would do: memory, steps, settings", epilog="Further flags are the launcher's."
     )
@@ -59,25 +70,42 @@ def _parser() -> argparse.ArgumentParser:
         "--hostfile", type=Path, metavar="FILE", help="plan for its machines, and write .deepspeed_env for them"
     )
     command.set_defaults(run=plan)
+
+
+def _add_generate(commands) -> None:
+    command = commands.add_parser("generate", help="answers of a trained adapter")
+    command.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
+    command.add_argument("questions", nargs="*", metavar="QUESTION", help="[the standard input is one]")
+    command.add_argument("--backend", choices=BACKENDS, default="auto", help="device type to run on [auto]")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer in tokens [128]")
+    command.set_defaults(run=generate)
+
+
+def _add_compare(commands) -> None:
     command = commands.add_parser("compare", help="runs and sweeps beside one another and beside the paper")
     command.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run or a sweep")
     command.add_argument(
         "--format", choices=("terminal", "markdown", "csv", "json"), default="terminal", help="of the tables [terminal]"
     )
     command.set_defaults(run=compare)
-    command = commands.add_parser("report", help="a run, or several beside one another, as one HTML page")
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a sweep")
-    command.add_argument(
-        "--output", type=Path, metavar="FILE", help="the page [report.html, in the run's folder; of several, here]"
-    )
-    command.set_defaults(run=report)
+
+
+def _add_spectrum(commands) -> None:
     command = commands.add_parser("spectrum", help="singular values of what runs have learned, as table and figures")
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a sweep")
     command.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for the figures; a single run's folder, otherwise runs/spectra"
     )
     command.set_defaults(run=spectrum)
-    return parser
+
+
+def _add_report(commands) -> None:
+    command = commands.add_parser("report", help="a run, or several beside one another, as one HTML page")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a sweep")
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page [report.html, in the run's folder; of several, here]"
+    )
+    command.set_defaults(run=report)
 
 
 def plan(arguments: argparse.Namespace, console: Console) -> int:
@@ -118,6 +146,19 @@ def spectrum(arguments: argparse.Namespace, console: Console) -> int:
 
     silence()
     show_spectra(arguments.runs, arguments.output, console)
+    return 0
+
+
+def generate(arguments: argparse.Namespace, console: Console) -> int:
+    """Print a trained adapter's answers, and nothing else, to the standard output."""
+    from sora_hw.finished.generate import generate
+    from sora_hw.training import launch
+
+    launch.silence()
+    questions = arguments.questions or [sys.stdin.read()]
+    told = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    for answer in generate(arguments.folder, questions, arguments.backend, arguments.max_new_tokens, told):
+        print(answer)
     return 0
 
 

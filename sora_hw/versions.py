@@ -7,7 +7,7 @@ combination that is known to break before it starts.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import MappingProxyType
@@ -57,13 +57,14 @@ def verdicts() -> list[Verdict]:
     return [_judge(name, _installed(name), support) for name, support in SUPPORTED.items()]
 
 
-def check_versions() -> None:
-    """Refuse a combination that is known to break.
+def check_versions(unneeded: Sequence[str] = ()) -> None:
+    """Refuse a combination that is known to break. The libraries in `unneeded` may be absent.
 
     Raises:
         UserError: Python or a library is absent or outside its supported range; the message names each.
     """
-    if problems := [verdict.problem for verdict in verdicts() if verdict.problem]:
+    judged = [each for each in verdicts() if each.installed or each.name not in unneeded]
+    if problems := [verdict.problem for verdict in judged if verdict.problem]:
         raise UserError("; ".join(problems))
 
 

@@ -175,6 +175,8 @@ def test_the_wheel_holds_two_packages_and_the_embedded_model(wheel):
     assert {Path(name).parts[3] for name in names if name.startswith("sora_hw/recipes/models/")} == {
         *("Meta-Llama-3-8B", "gemma-7b", "deberta-v3-base")
     }
+    tasks = {Path(name).name for name in names if name.startswith("sora_hw/evaluation/harness_tasks/")}
+    assert tasks == {file.name for file in (REPOSITORY / "sora_hw" / "evaluation" / "harness_tasks").glob("*.yaml")}
     assert model >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -13,7 +13,7 @@ class Task:
         name: LLM-Adapters' name of its data, and ours of its data file, NAME.test.jsonl.gz.
         title: the column of the paper's table.
         kind: `COMMONSENSE` or `MATH`.
-        answers: the words that LLM-Adapters looks for in an answer; none for arithmetic.
+        answers: the words that LLM-Adapters looks for in an answer, for AQuA the letters; none where it is a number.
         harness: the name of lm-evaluation-harness; None where answers are generated only.
     """
 
@@ -42,7 +42,7 @@ TASKS = {
         Task("openbookqa", "OBQA", COMMONSENSE, _numbered("answer", 5), "openbookqa"),
         Task("gsm8k", "GSM8K", MATH),
         Task("MultiArith", "MultiArith", MATH),
-        Task("AQuA", "AQuA", MATH),
+        Task("AQuA", "AQuA", MATH, tuple("ABCDE")),
         Task("SVAMP", "SVAMP", MATH),
         Task("AddSub", "AddSub", MATH),
         Task("SingleEq", "SingleEq", MATH),

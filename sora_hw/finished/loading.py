@@ -1,14 +1,17 @@
 """A finished run's model on a device, to be asked."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sora_hw.devices.device import Device
 from sora_hw.finished.run import FinishedRun
-from sora_hw.hardware import Profile
-from sora_hw.recipes.recipe import Recipe
+from sora_hw.hardware import Profile, choose
+from sora_hw.recipes.recipe import FULL, Recipe
 from sora_hw.training.base_model import check_model, find, load_model, load_tokenizer
 from sora_hw.training.objectives import objective_of
 from sora_hw.training.saving import load_trained
@@ -37,3 +40,32 @@ def load(recipe: Recipe, run: FinishedRun | None, profile: Profile, device: torc
     if run is not None:
         model = load_trained(base, model, run.trained, profile)
     return Loaded(model.to(device).eval(), tokenizer)
+
+
+def profile_for(run: FinishedRun | None, device: Device) -> Profile:
+    """How a model is held on `device`: as the run held it, where that was on a device of this type."""
+    profile = choose("auto", device)
+    trained_with = run.manifest.get("profile") if run and run.manifest.get("device") == device.type else None
+    if isinstance(trained_with, dict):
+        profile = replace(profile, **{name: trained_with[name] for name in ("dtype", "four_bit")})
+    return profile
+
+
+def weights(recipe: Recipe, run: FinishedRun | None) -> str:
+    """SHA-256 of the files that `load` takes weights from; of a model on the hub, of its name and commit."""
+    digest = hashlib.sha256()
+    if run is None or recipe.method != FULL:
+        base = find(recipe.model, objective_of(recipe))
+        if Path(base.source).is_dir():
+            _add_files(digest, Path(base.source))
+        else:
+            digest.update(f"{base.source} {getattr(base.config, '_commit_hash', None)}".encode())
+    if run is not None:
+        _add_files(digest, run.trained)
+    return digest.hexdigest()
+
+
+def _add_files(digest, folder: Path) -> None:
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with open(file, "rb") as opened:
+            digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())

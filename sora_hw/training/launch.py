@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -28,9 +28,15 @@ FIRST_RANK_SPEAKS = 20  # seconds
 
 def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     """Run the launcher of the recipes in `module`; its exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    told = "interrupted; --resume goes on from the last checkpoint, a --sweep by itself"
+    return exit_code(lambda: launch(module, argv), told)
+
+
+def exit_code(program: Callable[[], None], if_interrupted: str) -> int:
+    """Run a program of one or several ranks: its exit code, as `main` has it. `if_interrupted` is what Ctrl-C tells."""
     silence()
     try:
-        launch(module, argv)
+        program()
     except UserError as error:
         if rank_here() > 0:  # every rank finds the same error; the launcher ends this one when the first has told it
             time.sleep(FIRST_RANK_SPEAKS)
@@ -38,7 +44,7 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         if rank_here() == 0:
-            print("interrupted; --resume goes on from the last checkpoint, a --sweep by itself", file=sys.stderr)
+            print(if_interrupted, file=sys.stderr)
         return INTERRUPTED
     return 0
 

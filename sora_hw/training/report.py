@@ -1,11 +1,9 @@
 """What a run tells: the plan before it, a table and the loss curve after it, and run.json to repeat it by."""
 
 import json
-import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import matplotlib
@@ -16,8 +14,7 @@ import sora_hw
 from sora_hw import ops
 from sora_hw.devices.device import Device
 from sora_hw.training.plan import Plan
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
+from sora_hw.versions import verdicts
 
 
 def what_runs(plan: Plan) -> str:
@@ -97,10 +94,9 @@ def draw_losses(history: Sequence[Mapping[str, float]], file: Path) -> None:
 
 def facts(device: Device) -> dict[str, object]:
     """What decides a run's numbers beside its plan."""
-    installed = {package: metadata.version(package) for package in PACKAGES}
     return {
         "started": now(),
-        "versions": {"sora_hw": sora_hw.__version__, "python": platform.python_version(), **installed},
+        "versions": {"sora_hw": sora_hw.__version__, **{each.name: each.installed for each in verdicts()}},
         "git_commit": _git_commit(),
         "device_name": device.name(),
         "kernels": kernels(device),

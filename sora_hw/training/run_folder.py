@@ -74,7 +74,7 @@ def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> R
     a run that differs.
     """
     path = request.output or _default(request, plan)
-    _check_writable(path)
+    check_writable(path)
     traces = _traces(path)
     if request.resume in (None, NEWEST):
         if traces and not request.overwrite and not request.resume:
@@ -150,7 +150,8 @@ def _traces(path: Path) -> list[Path]:
     return [entry for entry in named if entry.exists()] + _checkpoints(path)
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raises UserError where the folder --output cannot be made or written to."""
     existing = path.absolute()
     try:
         while not existing.exists():
