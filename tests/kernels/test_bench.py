@@ -24,7 +24,7 @@ def run(tmp_path, program, *arguments):
     return json.loads(files[0].read_text())["results"], done.stdout
 
 
-def test_one_layer(tmp_path):
+def test_one_layer(tmp_path, figure):
     passes = ["both", "forward", "backward", "inference"]
     sizes = ["--shapes", "48x64", "--rows", "16", "--dtypes", "bfloat16"]
     results, printed = run(tmp_path, "linear.py", "--passes", *passes, *sizes)
@@ -34,16 +34,7 @@ def test_one_layer(tmp_path):
     for result in results:
         assert result["ratios"]["frozen linear"] == 1.0
         assert expected < set(result["ratios"]) and all(ratio > 0 for ratio in result["ratios"].values())
-    command = [
-        sys.executable,
-        str(BENCH / "figure.py"),
-        str(tmp_path / "results.json"),
-        "--output",
-        str(tmp_path / "x"),
-    ]
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert (tmp_path / "x" / "speed.png").read_bytes().startswith(b"\x89PNG")
-    assert "sora_hw Pre-Diag" in (tmp_path / "x" / "speed.svg").read_text()
+    assert len(figure.cases_of({"results": results})) == 1
 
 
 def test_a_training_step(tmp_path):
@@ -133,9 +124,19 @@ def test_the_speeds_of_whole_models(figure):
     assert case.speeds["training"]["sora_hw sora"] == 1.5 and case.speeds["inference"]["sora_hw sora"] == 2.5
 
 
-def test_a_file_without_both_is_refused(tmp_path):
-    file = tmp_path / "linear.json"
-    file.write_text(json.dumps({**LINEAR, "results": LINEAR["results"][:1]}))
-    done = subprocess.run([sys.executable, str(BENCH / "figure.py"), str(file)], capture_output=True, text=True)
-    assert done.returncode == 1 and "no size of which training and inference were measured" in done.stderr
-    assert list(tmp_path.iterdir()) == [file]
+def draw_file(figure, monkeypatch, content: dict, folder: Path) -> None:
+    (folder / "linear.json").write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["figure.py", str(folder / "linear.json")])
+    figure.main()
+
+
+def test_the_pictures(figure, monkeypatch, tmp_path):
+    draw_file(figure, monkeypatch, LINEAR, tmp_path)
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "sora_hw Pre-Diag" in (tmp_path / "speed.svg").read_text()
+
+
+def test_a_file_without_both_is_refused(figure, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="no size of which training and inference were measured"):
+        draw_file(figure, monkeypatch, {**LINEAR, "results": LINEAR["results"][:1]}, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["linear.json"]
