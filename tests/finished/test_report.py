@@ -477,6 +477,19 @@ def test_values_that_cannot_be_drawn_are_left_out():
     assert [reading.title for reading in drawn.readings] == ["step 1", "step 4"]
 
 
+def test_a_run_whose_first_loss_is_no_number(tmp_path):
+    entries = [{"step": 1, "loss": math.nan, "learning_rate": 1e-3, "grad_norm": None}]
+    source = write_report([read_run(make(tmp_path / "run", commonsense.embedded(), entries, "diverged"))]).read_text()
+    assert source.count('<figure class="panel chart') == 1, "the learning rate"
+    assert "no longer finite at step 1," in source
+
+
+def test_many_runs_on_one_page(tmp_path):
+    recipes = [replace(commonsense.embedded(), seed=seed) for seed in range(40)]
+    runs = [read_run(make(tmp_path / str(recipe.seed), recipe, history(200))) for recipe in recipes]
+    assert write_report(runs, tmp_path / "page.html").stat().st_size < 1_500_000
+
+
 @pytest.mark.parametrize("points", [[(7.0, 3.0)], [(7.0, 0.0)], [(1.0, 2.0), (2.0, 2.0)]])
 def test_one_value_is_drawn_in_the_middle(points):
     drawn = chart(points)

@@ -16,6 +16,7 @@ Point = tuple[float, float]
 
 MOST_POINTS = 600  # of a line; a plot is at most about as many pixels wide
 MOST_READINGS = 80  # places of a chart at which the values can be read
+MOST_VALUES = 1000  # that can be read from it, which decides where there are many lines
 MARGIN = 0.04  # of the height, above and below what is drawn
 LOG_FROM = 10.0  # ratio of largest to smallest value from which a logarithmic scale shows more
 BOX = 1000  # units of a path's coordinates
@@ -81,6 +82,11 @@ class Chart:
     wide: bool = False
     show: Callable[[float], str] = field(default=lambda value: f"{value:#.4g}")
 
+    @property
+    def has_values(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(line.finite for line in self.lines)
+
     @cached_property
     def xs(self) -> tuple[float, float]:
         """The horizontal range."""
@@ -143,7 +149,8 @@ class Chart:
         at = [dict(line.finite) for line in self.lines]
         dotted = set(chain.from_iterable(values for line, values in zip(self.lines, at, strict=True) if line.dots))
         every = sorted(set(chain.from_iterable(at)))
-        chosen = sorted({*every[:: math.ceil(len(every) / MOST_READINGS)], *dotted})
+        most = min(MOST_READINGS, max(1, MOST_VALUES // len(self.lines)))
+        chosen = sorted({*every[:: math.ceil(len(every) / most)], *dotted})
         edges = [0.0, *((self.left(a) + self.left(b)) / 2 for a, b in pairwise(chosen)), 100.0]
         readings = []
         for index, x in enumerate(chosen):

@@ -57,8 +57,8 @@ class Measured:
         return read_spectrum(self.run)
 
     def curve(self, key: str) -> list[Point]:
-        """What was logged under `key`, over the steps."""
-        return [(entry["step"], entry[key]) for entry in self.run.history if key in entry]
+        """The numbers that were logged under `key`, over the steps."""
+        return [(entry["step"], entry[key]) for entry in self.run.history if isinstance(entry.get(key), int | float)]
 
     @property
     def steps(self) -> tuple[int, int | None]:

@@ -99,10 +99,9 @@ def _training(measured: Measured) -> Iterator[Block]:
             Chart("Throughput", "tokens/s", step, [Line("throughput", speeds, own)], True, show="{:,.0f}".format),
             Chart("Peak memory so far", "GiB on rank 0", step, [Line("memory", memory, own)], True),
         ]
-    if gradients := [point for point in measured.curve("grad_norm") if point[1] is not None]:
-        line = Line("gradient norm", gradients, PLAIN)
-        charts.append(Chart("Gradient norm", "before clipping", step, [line], may_log=True))
-    yield Side(charts)
+    gradients = Line("gradient norm", measured.curve("grad_norm"), PLAIN)
+    charts.append(Chart("Gradient norm", "before clipping", step, [gradients], may_log=True))
+    yield Side([chart for chart in charts if chart.has_values])
     if not (speeds and memory):
         yield Note(NO_SPEED)
 

@@ -85,7 +85,7 @@ def _training(named: Sequence[Named]) -> Iterator[Block]:
         Chart("Throughput", "tokens/s", step, _lines(named, "tokens_per_second"), True, show="{:,.0f}".format),
         Chart("Peak memory so far", "GiB on rank 0", step, _lines(named, "peak_memory_gib"), True),
     ]
-    drawn = [chart for chart in charts if chart.lines]
+    drawn = [chart for chart in charts if chart.has_values]
     if drawn:
         yield Side(drawn)
     else:
