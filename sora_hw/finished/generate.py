@@ -39,7 +39,9 @@ def generate(folder: Path, questions: Sequence[str], backend: str, max_new_token
         f"{profile.dtype}, kernels of {kernels(device)}"
     )
     generator = Generator(loaded.model, loaded.tokenizer, device.torch_device(0), max_new_tokens)
-    prompts = [generator.encode(prompt(Record(each, "", "", ""), for_training=True)) for each in questions]
+    # The blanks at the prompt's end are the model's to write: in training the last belonged to the answer's first word.
+    texts = [prompt(Record(each, "", "", ""), for_training=True).rstrip(" ") for each in questions]
+    prompts = list(map(generator.encode, texts))
     if cut := sum(each.cut for each in prompts):
         console.print(f"{cut} of {len(prompts)} questions are longer than the model takes and lost their beginning")
     return [generator.answer([each])[0] for each in prompts]

@@ -149,8 +149,8 @@ def _traces(folder: Path) -> list[Path]:
 
 
 def _check_same(folder: Path, found: Mapping[str, object], wanted: Mapping[str, object], said: str) -> None:
-    for name in found.keys() & wanted.keys():
-        if found[name] != wanted[name]:
+    for name in wanted:
+        if name in found and found[name] != wanted[name]:
             problem = said.format(name=name, found=found[name], wanted=wanted[name])
             raise UserError(
                 f"--output {folder} holds the predictions of another scoring: {problem}; name another folder, or "

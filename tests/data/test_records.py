@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sora_hw.data.records import Record, read_records
+from sora_hw.data.records import ChoiceRecord, Record, read_choices, read_questions, read_records
 from sora_hw.errors import DataError
 
 GOOD = {"instruction": "Is ice cold?", "input": "", "output": "the correct answer is true", "answer": "true"}
@@ -196,3 +196,53 @@ def test_lines_under_the_name_of_a_list_are_told_their_name(tmp_path):
     (tmp_path / "lines.json").write_text(GOOD_LINE * 2)
     with pytest.raises(DataError, match=r"not JSON \(Extra data, .*name a file of one record per line \.jsonl"):
         read_records([tmp_path / "lines.json"])
+
+
+def test_questions_need_no_output(tmp_path):
+    rows = [{"instruction": "1 + 1?", "answer": 2.0, "id": "a"}, {"instruction": "x?", "input": "y", "answer": " 3 "}]
+    file = tmp_path / "test.json"
+    file.write_text(json.dumps(rows))
+    seen = []
+    assert read_questions(file, seen.append) == [
+        Record("1 + 1?", "", "", "2.0", "a"),
+        Record("x?", "y", "", "3", "test.json:2"),
+    ]
+    assert seen == ["2.0", "3"]
+
+
+def test_an_answer_that_cannot_be(tmp_path):
+    def check(answer: str) -> None:
+        raise ValueError("a colour")
+
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps({"instruction": "which?", "answer": "2"}))
+    with pytest.raises(DataError, match=r"test\.jsonl: line 1: \"answer\" must be a colour, not '2'"):
+        read_questions(file, check)
+
+
+CHOICE = {"question": "which?", "choices": ["a", "b"], "label": 1, "id": "one"}
+
+
+def test_choices(tmp_path):
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps(CHOICE))
+    assert read_choices(file) == [ChoiceRecord("which?", ("a", "b"), 1, "one")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"choices": ["a"]}, '"choices" must be a list of at least two texts'),
+        ({"choices": "ab"}, '"choices" must be a list of at least two texts'),
+        ({"choices": ["a", ""]}, '"choices" must be a list of at least two texts'),
+        ({"label": 2}, '"label" must be a number from 0 to 1, not 2'),
+        ({"label": True}, '"label" must be a number from 0 to 1, not True'),
+        ({"label": "1"}, "\"label\" must be a number from 0 to 1, not '1'"),
+        ({"question": " "}, '"question" is empty'),
+    ],
+)
+def test_choices_that_cannot_be_asked(tmp_path, changed, message):
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps({**CHOICE, **changed}))
+    with pytest.raises(DataError, match=message):
+        read_choices(file)

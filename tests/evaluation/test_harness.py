@@ -154,3 +154,54 @@ def test_without_the_hub(monkeypatch):
     monkeypatch.setattr(ConfigurableTask, "download", refuse)
     with pytest.raises(UserError, match=r"piqa: the hub cannot give .* \(Couldn't reach the hub\); give local files"):
         harness.official_task(TASKS["piqa"])
+
+
+def _official(name: str, record: ChoiceRecord) -> dict[str, object]:
+    """The record in the columns of the data that the harness itself fetches."""
+    choices, right = list(record.choices), record.label
+    letters = list("ABCDE")[: len(choices)]
+    lettered = {"choices": {"text": choices, "label": letters}, "answerKey": letters[right]}
+    context, _, question = record.question.partition(". ")
+    activity, _, start = record.question.partition(": ")
+    return {
+        "boolq": {"passage": "", "question": record.question.rstrip("?"), "label": 1 - right},
+        "piqa": {"goal": record.question, "sol1": choices[0], "sol2": choices[1], "label": right},
+        "social_i_qa": {"context": f"{context}.", "question": question, "label": str(right + 1)}
+        | dict(zip(("answerA", "answerB", "answerC"), choices, strict=False)),
+        "hellaswag": {"activity_label": activity, "ctx_a": start, "ctx_b": "", "endings": choices, "label": str(right)},
+        "winogrande": {"sentence": record.question, "option1": choices[0], "option2": choices[1]}
+        | {"answer": str(right + 1)},
+        "ARC-Easy": {"question": record.question, **lettered},
+        "ARC-Challenge": {"question": record.question, **lettered},
+        "openbookqa": {"question_stem": record.question, **lettered},
+    }[name]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_our_files_ask_as_the_harness_does(name, embedded_model, embedded_tokenizer, monkeypatch):
+    import datasets
+    from lm_eval import tasks
+    from lm_eval.api.task import ConfigurableTask
+
+    own = Path(tasks.__file__).parent
+    folders = ("super_glue/boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc", "openbookqa")
+    manager = tasks.TaskManager(include_path=[str(own / folder) for folder in folders], include_defaults=False)
+    monkeypatch.setattr(harness, "_manager", lambda: manager)
+    record = ASKED[name][0]
+    rows = datasets.Dataset.from_list([_official(name, record)])
+    everything = dict.fromkeys(("train", "validation", "test"), rows)
+    monkeypatch.setattr(ConfigurableTask, "download", lambda self, *_: setattr(self, "dataset", everything))
+    official = harness.official_task(TASKS[name])
+    monkeypatch.undo()
+
+    model = harness_model(embedded_model, embedded_tokenizer, 4)
+    theirs = HarnessChoices(TASKS[name], official, model)
+    ours = HarnessChoices(TASKS[name], local_task(TASKS[name], [record]), model)
+    asked = [[request.args for request in scorer.requests[0]] for scorer in (theirs, ours)]
+    if name == "boolq":  # with an empty passage, and the answers in the other order
+        asked[0] = [(context.lstrip(), text) for context, text in reversed(asked[0])]
+    if name == "hellaswag":
+        asked[0] = [(context.rstrip(), text) for context, text in asked[0]]
+    assert asked[0] == asked[1]
+    assert set(theirs.metrics) <= set(ours.metrics)
+    assert theirs.predict([0])[0]["correct"] == ours.predict([0])[0]["correct"]

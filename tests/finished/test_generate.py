@@ -29,7 +29,8 @@ def answers(embedded_run):
     model = PeftModel.from_pretrained(base, embedded_run / "adapter").eval()
     found = []
     for question in QUESTIONS:
-        ids = tokenizer(prompt(Record(question, "", "", ""), for_training=True), return_tensors="pt")
+        text = prompt(Record(question, "", "", ""), for_training=True)
+        ids = tokenizer(text.removesuffix(" " * 16), return_tensors="pt")
         written = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
         found.append(tokenizer.decode(written, skip_special_tokens=True).strip())
     return found
