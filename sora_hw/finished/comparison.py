@@ -94,7 +94,7 @@ def _setting(pool: Sequence[FinishedRun], remarks: list[str]) -> Setting | None:
     together = _together([scored for scored in scores if scored])
     if not together:
         return None
-    results = [run.manifest["results"] for run in finished]
+    results = [run.results for run in finished]
     return Setting(
         done[0].recipe,
         together,
@@ -154,7 +154,7 @@ def _best(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
 def _scores(run: FinishedRun) -> dict[Measure, Sample]:
     """What one run scored: GLUE's metric in its run.json, everything else where launchers/score.py has written it."""
     if isinstance(run.recipe, Classification):
-        test = run.manifest["results"]["test"]
+        test = run.results["test"]
         return {Measure(GLUE, run.recipe.task): Sample((value,)) for value in test.values() if value is not None}
     return samples(read_scores(run.path / FOLDER))
 

@@ -33,6 +33,11 @@ class FinishedRun:
         return self.path / (MODEL if self.recipe.method == FULL else ADAPTER)
 
     @property
+    def results(self) -> Mapping[str, object]:
+        """What the run ended with, as `sora_hw.training.run.finish` gives it; empty where it has not finished."""
+        return self.manifest.get("results") or {}
+
+    @property
     def trained(self) -> Path:
         """The folder of the adapter or, after full fine-tuning, of the model. Raises UserError where there is none."""
         folder = self.trained_folder

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from sora_hw.devices.detect import select
 from sora_hw.evaluation import harness
 from sora_hw.evaluation.generation import NEW_TOKENS, GeneratedAnswers, Generator
 from sora_hw.evaluation.scorer import Scorer
 from sora_hw.evaluation.tasks import TASKS
+from sora_hw.finished.beside_paper import score_tables
 from sora_hw.finished.loading import Loaded, load, profile_for, weights
 from sora_hw.finished.predictions import PredictionFile, take_folder
 from sora_hw.finished.run import read_run
@@ -31,6 +31,7 @@ from sora_hw.finished.scores import (
     read_scores,
     write_scores,
 )
+from sora_hw.finished.tables import print_tables, write_tables
 from sora_hw.training.callbacks import PLAIN_LINES, duration
 from sora_hw.training.environment import rank, rank_here
 from sora_hw.training.launch import exit_code
@@ -85,7 +86,10 @@ def score(request: Request) -> None:
         known |= {"method": recipe.method if run else None, **facts(device), "ranks": dist.get_world_size()}
         known |= {"batch_size": request.batch_size, "seconds": seconds, "data": questions}
         _write(request.folder, asked, scorers, predictions, known)
-        _print_scores(read_scores(request.folder), console)
+        rate = run.results.get("trainable_percent") if run else None
+        tables = score_tables(recipe, read_scores(request.folder), tuned=run is not None, rate=rate)
+        write_tables(tables, request.folder)
+        print_tables(tables, console)
         console.print(f"scores and predictions: {request.folder}")
     leave()
 
@@ -180,16 +184,3 @@ def _write(
     earlier = read_facts(folder)
     both = {name: {**earlier.get(name, {}), **now} for name, now in (("data", known["data"]), ("counts", counts))}
     write_scores(folder, scores, {**known, **both})
-
-
-def _print_scores(scores: Sequence[Score], console: Console) -> None:
-    """A row for each task, a column for each protocol and metric, in percent."""
-    columns = list(dict.fromkeys((score.protocol, score.metric) for score in scores))
-    table = Table(title="scores in percent", title_justify="left")
-    for heading in ("task", "records", *(f"{protocol}: {metric}" for protocol, metric in columns)):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
-    for task in dict.fromkeys(score.task for score in scores):
-        own = {(score.protocol, score.metric): score for score in scores if score.task == task}
-        values = [f"{100 * own[column].value:.2f}" if column in own else "" for column in columns]
-        table.add_row(TASKS[task].title, str(next(iter(own.values())).records), *values)
-    console.print(table, soft_wrap=True)

@@ -124,7 +124,7 @@ def recipe_of(request: Request, run: FinishedRun | None) -> Recipe:
     if run is None:
         return replace(commonsense.recipe(), model=request.model, method=FULL)
     if isinstance(run.recipe, Classification):
-        tested = run.manifest.get("results", {}).get("test") or {}
+        tested = run.results.get("test") or {}
         found = ", ".join(f"{name} {value:.4f}" for name, value in tested.items())
         raise UserError(
             f"{run.path} is a run of GLUE, which is scored while it trains "

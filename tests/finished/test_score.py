@@ -12,6 +12,7 @@ import torch.distributed as dist
 from sora_hw.errors import UserError
 from sora_hw.evaluation import harness
 from sora_hw.evaluation.generation import GeneratedAnswers
+from sora_hw.evaluation.tasks import TASKS
 from sora_hw.finished.predictions import PredictionFile
 from sora_hw.finished.scores import read_facts, read_scores
 from sora_hw.recipes import glue
@@ -58,6 +59,14 @@ def test_a_run_and_its_base(tmp_path, embedded_run, questions, score_here):
         *[("generation", "AQuA", 4)] * 2,
         ("generation", "AddSub", 4),
     ]
+    for table in json.loads((folder / "table.json").read_text()):
+        protocol = table["title"].split(" by ")[1].split(",")[0]
+        metric = table["title"].split(", ")[1].split(" by ")[0]
+        shown = {name: cell["mean"] for name, cell in table["rows"][0]["cells"].items() if cell["mean"] is not None}
+        own = {each.task: 100 * each.value for each in scores if (each.protocol, each.metric) == (protocol, metric)}
+        titles = {TASKS[task].title: value for task, value in own.items()}
+        assert {name: shown[name] for name in titles} == pytest.approx(titles, abs=1e-4)
+    assert sorted(file.name for file in folder.glob("table.*")) == ["table.csv", "table.json", "table.md"]
     found = predictions(folder)
     assert [line["id"] for line in found["generation/boolq"]] == [f"boolq/{number}" for number in range(10)]
     assert [line["gold"] for line in found["generation/AddSub"]] == ["1.0", "2.0", "3.0", "4.0"]
