@@ -46,7 +46,8 @@ def rotation_scale(c: Tensor, e: Tensor, rule: RotationScale, eps: float) -> Ten
         return (1.0 / (norm_c + norm_d + 1e-6)).clamp(max=1.0)
     product = 2.0 * norm_c * norm_d
     # The floor keeps the division, and so its gradient, finite where the other factor makes the result zero.
-    return (product > ZERO_NORM_PRODUCT) * eps / product.clamp(min=ZERO_NORM_PRODUCT)
+    nonzero = (product > ZERO_NORM_PRODUCT).to(product.dtype)  # of a truth value and eps torch makes a float32
+    return nonzero * eps / product.clamp(min=ZERO_NORM_PRODUCT)
 
 
 def rotation_factors(
