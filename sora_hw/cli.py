@@ -3,6 +3,9 @@
     sora-hw doctor      what this machine has, what is missing, and what to do about it
     sora-hw plan        what a launcher would do, whether it fits, and the variables for several machines
     sora-hw compare     sweeps beside one another and beside the paper
+    sora-hw merge       an adapter merged into its base model: a plain model
+    sora-hw export      an adapter as an exact plain LoRA
+    sora-hw import      a checkpoint of the authors' released code as an adapter
 
 A subcommand is a function `(arguments, console) -> exit code`, added in `_parser`. Exit codes: 0 for success, 1 for a
 finding that the subcommand exists to report, 2 for an error of the user's.
@@ -14,7 +17,7 @@ import argparse
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -60,7 +63,21 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("compare", help="sweeps beside one another and beside the paper")
     command.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="folder of a sweep")
     command.set_defaults(run=compare)
+    _add_conversion(commands, "merge", merge, "folder of a run or an adapter", "an adapter merged into its base model")
+    _add_conversion(commands, "export", export, "folder of a run or an adapter", "an adapter as an exact plain LoRA")
+    _add_conversion(
+        commands, "import", import_, "its folder", "a checkpoint of the authors' released code as an adapter"
+    )
     return parser
+
+
+def _add_conversion(commands, name: str, run: Callable, source: str, help: str) -> None:
+    """A subcommand that makes another folder of a folder."""
+    command = commands.add_parser(name, help=help)
+    command.add_argument("source", type=Path, metavar="FOLDER", help=source)
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    command.add_argument("--model", metavar="FOLDER_OR_ID", help="the base model [the one it was trained on]")
+    command.set_defaults(run=run)
 
 
 def plan(arguments: argparse.Namespace, console: Console) -> int:
@@ -77,6 +94,30 @@ def compare(arguments: argparse.Namespace, console: Console) -> int:
     from sora_hw.finished.comparison import comparison
 
     console.print(comparison(arguments.sweeps), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def merge(arguments: argparse.Namespace, console: Console) -> int:
+    """Write the base model with an adapter merged into it."""
+    from sora_hw.finished.merging import merge
+
+    merge(arguments.source, arguments.output, arguments.model, console)
+    return 0
+
+
+def export(arguments: argparse.Namespace, console: Console) -> int:
+    """Write an adapter as a plain LoRA, and tell what was folded into a copy of the base model."""
+    from sora_hw.finished.exporting import export
+
+    export(arguments.source, arguments.output, arguments.model, console)
+    return 0
+
+
+def import_(arguments: argparse.Namespace, console: Console) -> int:
+    """Write the authors' checkpoint as an adapter, and tell how near it is to their formula."""
+    from sora_hw.finished.importing import import_checkpoint
+
+    import_checkpoint(arguments.source, arguments.output, arguments.model, console)
     return 0
 
 

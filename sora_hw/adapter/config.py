@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from peft.config import PeftConfig
 
+from sora_hw.adapter.checkpoint import FORMAT_VERSION, HOW_TO_LOAD, check_version, write_card
 from sora_hw.adapter.registration import add_peft_type
 from sora_hw.conditioning import PRESETS, Conditioning
 from sora_hw.rotation import ROTATION_SCALES, ROTATIONS
@@ -44,10 +46,12 @@ class ConditionedConfig(PeftConfig):
         fan_in_fan_out: the base weight is stored as (in, out), as in GPT-2's Conv1D; set by itself for known layers.
         bias: which biases train: none, all or conditioned_only.
         modules_to_save: further modules to train and save whole, such as a classification head.
+        format_version: of the saved adapter; not to be given.
+        how_to_load: what a reader of the saved configuration must know; not to be given.
 
     Raises:
-        ValueError: for unknown names, ranks below 1, numbers that are not finite, a dropout outside [0, 1), or a
-            `method` that contradicts `pre` and `post`.
+        ValueError: for unknown names, ranks below 1, numbers that are not finite, a dropout outside [0, 1), a
+            `method` that contradicts `pre` and `post`, or a format_version of another sora_hw.
     """
 
     method: str | None = field(default=None, metadata={"help": "Preset: " + ", ".join(PRESETS) + "."})
@@ -70,9 +74,13 @@ class ConditionedConfig(PeftConfig):
     fan_in_fan_out: bool = field(default=False, metadata={"help": "The base weight is stored as (in, out)."})
     bias: str = field(default="none", metadata={"help": "Biases to train: none, all or conditioned_only."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved adapter."})
+    how_to_load: str = field(default=HOW_TO_LOAD, repr=False, metadata={"help": "A note in the saved configuration."})
 
     def __post_init__(self):
         super().__post_init__()
+        check_version(self.format_version)
+        self.how_to_load = HOW_TO_LOAD
         self.peft_type = add_peft_type()
         self._resolve_method()
         self._check_values()
@@ -94,6 +102,21 @@ class ConditionedConfig(PeftConfig):
     def scaling(self) -> float:
         """`s`, the factor of the low-rank update."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write adapter_config.json, and the model card that says how to load it."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(Path(save_directory), self, self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        """What decides the adapter's output, for its card."""
+        method = self.method or "a pair without a name"
+        facts = {"method": method, "pre": self.pre, "post": self.post, "r": self.r, "alpha": self.alpha}
+        if "rotation" in (self.pre, self.post):
+            facts["rotation"] = f"{self.rotation}, rank {self.rotation_rank}, scale {self.rotation_scale}"
+        if self.condition_bias:
+            facts["bias"] = "scaled and rotated as well"
+        return facts | {"base model": self.base_model_name_or_path or "unknown", "format version": self.format_version}
 
     def _resolve_method(self) -> None:
         if self.method is None and self.pre is None and self.post is None:

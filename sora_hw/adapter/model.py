@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sora_hw.adapter.checkpoint import check_tensors
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.layer import ConditionedLinear
 
@@ -53,6 +55,22 @@ class ConditionedModel(BaseTuner):
             for module in self.model.modules():
                 if isinstance(module, ConditionedLinear):
                     module.cast_adapter_to_base_dtype(adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: ConditionedConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors by their names in the model. PEFT calls it whenever it loads an adapter.
+
+        Raises ValueError where one is missing or foreign: PEFT would leave it at that.
+        """
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        known = model.state_dict().keys()
+        # without a PeftModel around the model, only the checkpoint's names have the prefix
+        names = {name if name in known else name.removeprefix("base_model.model.") for name in found}
+        own = re.compile(rf"(.*\.)?{cls.prefix}\w+\.{re.escape(adapter_name)}")
+        check_tensors(filter(own.fullmatch, known), names, known)
+        return found
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
