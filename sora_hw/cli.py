@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sora_hw import __version__
+from sora_hw.devices.cpu import CPU
 from sora_hw.doctor import examine, ready
 from sora_hw.errors import UserError
 from sora_hw.recipes import BENCHMARKS
@@ -101,6 +103,7 @@ def merge(arguments: argparse.Namespace, console: Console) -> int:
     """Write the base model with an adapter merged into it."""
     from sora_hw.finished.merging import merge
 
+    _work_quietly_in_host_memory()
     merge(arguments.source, arguments.output, arguments.model, console)
     return 0
 
@@ -109,6 +112,7 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
     """Write an adapter as a plain LoRA, and tell what was folded into a copy of the base model."""
     from sora_hw.finished.exporting import export
 
+    _work_quietly_in_host_memory()
     export(arguments.source, arguments.output, arguments.model, console)
     return 0
 
@@ -117,8 +121,17 @@ def import_(arguments: argparse.Namespace, console: Console) -> int:
     """Write the authors' checkpoint as an adapter, and tell how near it is to their formula."""
     from sora_hw.finished.importing import import_checkpoint
 
+    _work_quietly_in_host_memory()
     import_checkpoint(arguments.source, arguments.output, arguments.model, console)
     return 0
+
+
+def _work_quietly_in_host_memory() -> None:
+    """Libraries keep their notes to themselves; DeepSpeed, which transformers imports to save a model, too."""
+    from sora_hw.training import launch
+
+    launch.silence()
+    os.environ.setdefault("DS_ACCELERATOR", CPU.deepspeed_accelerator)
 
 
 def doctor(arguments: argparse.Namespace, console: Console) -> int:

@@ -65,11 +65,13 @@ class ConditionedModel(BaseTuner):
         Raises ValueError where one is missing or foreign: PEFT would leave it at that.
         """
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        known = model.state_dict().keys()
+        model_names = set(model.state_dict())
+        own = re.compile(rf"(.*\.)?{cls.prefix}\w+\.{re.escape(adapter_name)}")
+        # PEFT also saves the trained biases of layers that are trained whole, by names that it does not read
+        known = model_names | {cls._remove_adapter_name_from_key(name, adapter_name) for name in model_names}
         # without a PeftModel around the model, only the checkpoint's names have the prefix
         names = {name if name in known else name.removeprefix("base_model.model.") for name in found}
-        own = re.compile(rf"(.*\.)?{cls.prefix}\w+\.{re.escape(adapter_name)}")
-        check_tensors(filter(own.fullmatch, known), names, known)
+        check_tensors(filter(own.fullmatch, model_names), names, known)
         return found
 
     @contextmanager

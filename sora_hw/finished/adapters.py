@@ -159,7 +159,7 @@ class Rounding:
         if dtype.itemsize >= 4 or not self.change:
             return []
         share = (self.error / self.change) ** 0.5
-        return [f"rounded to {shown(dtype)}, which loses {share:.1%} of that change (by its norm)"]
+        return [f"rounding to {shown(dtype)} loses {share:.1%} of the change, by its norm"]
 
 
 def shown(dtype: torch.dtype) -> str:

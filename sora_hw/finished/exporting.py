@@ -84,15 +84,17 @@ def export(path: Path, output: Path, model: str | None, console: Console) -> Non
         if not isinstance(adapter.config, ConditionedConfig):
             kind = adapter.config.peft_type.value
             raise UserError(f"{path}: an adapter of PEFT's own ({kind}), which every PEFT loads as it is")
-        adapted = open_adapter(adapter)
+        with console.status(f"loading {adapter.base.name}"):
+            adapted = open_adapter(adapter)
         dtype = adapted.get_base_model().dtype
         if adapter.config.conditioning.scales or adapter.config.condition_bias:
             check_untied(adapted)
         lora = _as_lora(adapter, adapted, console)
         config = _lora_config(adapted, lora)
         if lora.folds:
-            adapted.unload().save_pretrained(folder / MODEL)
-            save_tokenizer(adapter, folder / MODEL)
+            with console.status(f"writing {output / MODEL}"):
+                adapted.unload().save_pretrained(folder / MODEL)
+                save_tokenizer(adapter, folder / MODEL)
             config.base_model_name_or_path, config.revision = str((output / MODEL).absolute()), None
         else:
             config.base_model_name_or_path = adapter.base.source
@@ -110,7 +112,7 @@ def _as_lora(adapter: Adapter, adapted: PeftModel, console: Console) -> _Lora:
     lora = _Lora({name: tensor for name, tensor in saved.items() if not re.search(r"\.conditioned_\w+$", name)})
     named = adapted.get_base_model().named_modules()
     layers = [(name, module) for name, module in named if isinstance(module, ConditionedLinear)]
-    for name, layer in track(layers, "layers", console=console, transient=True):
+    for name, layer in track(layers, "layers", console=console, transient=True, disable=not console.is_terminal):
         exact, base = layer_as_lora(layer, NAME), layer.get_base_layer()
         lora.ranks[name] = len(exact.a)
         lora.tensors[f"{_PREFIX}{name}.lora_A.weight"] = exact.a.float().contiguous()

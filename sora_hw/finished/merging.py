@@ -30,17 +30,20 @@ def merge(path: Path, output: Path, model: str | None, console: Console) -> None
     """
     with new_folder(output) as folder:
         adapter = find_adapter(path, model)
-        adapted = open_adapter(adapter)
+        with console.status(f"loading {adapter.base.name}"):
+            adapted = open_adapter(adapter)
         check_untied(adapted)
         dtype, rounding = adapted.get_base_model().dtype, Rounding()
-        if dtype.itemsize < 4:
-            _count(adapted, rounding)
-        try:
-            plain = adapted.merge_and_unload(safe_merge=True)
-        except ValueError as error:  # not finite, or a method that cannot be merged
-            raise UserError(f"{path}: the adapter cannot be merged ({error})") from None
-        plain.save_pretrained(folder)
-        has_tokenizer = save_tokenizer(adapter, folder)
+        with console.status("merging"):
+            if dtype.itemsize < 4:
+                _count(adapted, rounding)
+            try:
+                plain = adapted.merge_and_unload(safe_merge=True)
+            except ValueError as error:  # not finite, or a method that cannot be merged
+                raise UserError(f"{path}: the adapter cannot be merged ({error})") from None
+        with console.status(f"writing {output}"):
+            plain.save_pretrained(folder)
+            has_tokenizer = save_tokenizer(adapter, folder)
     told = [f"{output}: {adapter.base.name} with the adapter merged into its weights", *rounding.told(dtype)]
     if not has_tokenizer:
         told.append("no tokenizer: neither the adapter nor the base model has one")
