@@ -58,10 +58,21 @@ class ReadsBaseWeight(BaseTunerLayer):
         self._norm_squared = self._norm_source = None
         self.kept_products.clear()
 
+    def _as_matrix(self, stored: Tensor) -> Tensor:
+        """A weight as the base layer stores it as (out, in), a view."""
+        return stored.t() if self.fan_in_fan_out else stored
+
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of `_as_matrix`, for any number of rows."""
+        return matrix.t() if self.fan_in_fan_out else matrix
+
     def _stored_weight(self) -> Tensor:
         """`W0` as (out, in), a view of the stored weight."""
-        weight = self.get_base_layer().weight
-        return weight.t() if self.fan_in_fan_out else weight
+        return self._as_matrix(self.get_base_layer().weight)
+
+    def _base_bias(self) -> Tensor | None:
+        """`b0`, (out,), or None; an embedding has none to ask for."""
+        return getattr(self.get_base_layer(), "bias", None)
 
     def _base_dtype(self) -> torch.dtype:
         return self.get_base_layer().weight.dtype

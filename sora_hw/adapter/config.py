@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from sora_hw.adapter.registration import add_peft_type
 from sora_hw.conditioning import PRESETS, Conditioning
@@ -44,6 +45,11 @@ class ConditionedConfig(PeftConfig):
         fan_in_fan_out: the base weight is stored as (in, out), as in GPT-2's Conv1D; set by itself for known layers.
         bias: which biases train: none, all or conditioned_only.
         modules_to_save: further modules to train and save whole, such as a classification head.
+        rank_pattern: name or regular expression of a layer -> its own `r`.
+        alpha_pattern: name or regular expression of a layer -> its own `alpha`.
+        trainable_token_indices: rows of the input embedding to train beside the adapter, or name of an embedding ->
+            rows.
+        ensure_weight_tying: train tied modules of `modules_to_save` and `trainable_token_indices` as one.
 
     Raises:
         ValueError: for unknown names, ranks below 1, numbers that are not finite, a dropout outside [0, 1), or a
@@ -70,6 +76,12 @@ class ConditionedConfig(PeftConfig):
     fan_in_fan_out: bool = field(default=False, metadata={"help": "The base weight is stored as (in, out)."})
     bias: str = field(default="none", metadata={"help": "Biases to train: none, all or conditioned_only."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Layer -> its own r."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Layer -> its own alpha."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embedding to train beside the adapter."}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Train tied modules as one."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,6 +106,15 @@ class ConditionedConfig(PeftConfig):
     def scaling(self) -> float:
         """`s`, the factor of the low-rank update."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def at(self, name: str) -> ConditionedConfig:
+        """The configuration of the layer of this name: itself, or with the rank and alpha of its patterns."""
+        own = {}
+        for key, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            found = get_pattern_key(pattern, name)
+            if found in pattern:
+                own[key] = pattern[found]
+        return replace(self, **own) if own else self
 
     def _resolve_method(self) -> None:
         if self.method is None and self.pre is None and self.post is None:

@@ -82,12 +82,12 @@ class Merges(ReadsBaseWeight):
         with torch.no_grad(), self._base_gathered():
             original = self._original or self._live_values()
             weight, _ = self._conditioned_values(adapter_name, original)
-            delta = weight - self._out_in(original.weight).to(weight)
-            return delta.t() if self.fan_in_fan_out else delta
+            delta = weight - self._as_matrix(original.weight).to(weight)
+            return self._as_stored(delta)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion to LoRA works from the difference of the weights, which does not hold the bias."""
-        return not self.conditions_bias[adapter_name] or self.bias is None
+        return not self.conditions_bias[adapter_name] or self._base_bias() is None
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.conditioned_A]
@@ -99,27 +99,26 @@ class Merges(ReadsBaseWeight):
     def _unmerged_weight(self) -> Iterator[Tensor]:
         """`W0` as (out, in) for reading, whatever is merged into it now."""
         with self._base_weight() as weight:
-            yield weight if self._original is None else self._out_in(self._original.weight).to(weight.device)
+            yield weight if self._original is None else self._as_matrix(self._original.weight).to(weight.device)
 
     def _base_gathered(self):
         base = self.get_base_layer()
-        return gather_params_ctx([base.weight] if base.bias is None else [base.weight, base.bias])
+        bias = self._base_bias()
+        return gather_params_ctx([base.weight] if bias is None else [base.weight, bias])
 
     def _live_values(self) -> _Original:
         base = self.get_base_layer()
-        return _Original(base.weight.data, None if base.bias is None else base.bias.data)
+        bias = self._base_bias()
+        return _Original(base.weight.data, None if bias is None else bias.data)
 
     def _copy_to_host(self) -> _Original:
         live = self._live_values()
         return _Original(*(None if t is None else t.to("cpu", copy=True) for t in live))
 
-    def _out_in(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.fan_in_fan_out else weight
-
     def _conditioned_values(self, adapter_name: str, original: _Original) -> tuple[Tensor, Tensor | None]:
         """`W'` (out, in) and the bias under one adapter, float32 or wider, on the base layer's device."""
         p = self.adapter_parameters(adapter_name)
-        weight = self._out_in(original.weight).to(p["A"].device, adapter_dtype(original.weight.dtype))
+        weight = self._as_matrix(original.weight).to(p["A"].device, adapter_dtype(original.weight.dtype))
         linear = self._linear_map(adapter_name, p, weight)
         bias = original.bias
         if bias is not None:
@@ -133,7 +132,7 @@ class Merges(ReadsBaseWeight):
         values = [self._conditioned_values(name, original) for name in names]
         weight, bias = values[0]
         for more_weight, more_bias in values[1:]:
-            weight = weight + (more_weight - self._out_in(original.weight).to(weight))
+            weight = weight + (more_weight - self._as_matrix(original.weight).to(weight))
             if bias is not None:
                 bias = bias + (more_bias - original.bias.to(bias))
         if safe and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
@@ -141,6 +140,6 @@ class Merges(ReadsBaseWeight):
             raise ValueError(f"NaNs detected in the merged weights. The {broken} to be broken")
         base = self.get_base_layer()
         self._forget_base()
-        base.weight.data.copy_(self._out_in(weight))
+        base.weight.data.copy_(self._as_stored(weight))
         if bias is not None:
             base.bias.data.copy_(bias)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import warnings
 from contextlib import contextmanager
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from sora_hw.adapter.config import ConditionedConfig
+from sora_hw.adapter.convolution import CONVOLUTIONS, ConditionedConvolution
+from sora_hw.adapter.embedding import ConditionedEmbedding
 from sora_hw.adapter.layer import ConditionedLinear
+from sora_hw.adapter.mixed_batches import adapters_per_sample
 
 
 class ConditionedModel(BaseTuner):
@@ -36,12 +39,11 @@ class ConditionedModel(BaseTuner):
         current_key: str,
         **optional_kwargs,
     ) -> None:
+        config = peft_config.at(current_key)
         if isinstance(target, ConditionedLinear):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, config)
             return
-        layer = ConditionedLinear(
-            target, adapter_name, peft_config, fan_in_fan_out=_stored_in_out(target, current_key, peft_config)
-        )
+        layer = _conditioned(target, adapter_name, config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter does not train before it is made active
         self._replace_module(parent, target_name, layer, target)
@@ -56,26 +58,34 @@ class ConditionedModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names (another adapter for every sample) is not supported by conditioned adapters: "
-                "run one batch per adapter with set_adapter"
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        layers = [module for module in self.model.modules() if isinstance(module, ConditionedLinear)]
+        known = {name for layer in layers for name in layer.conditioned_A}
+        with adapters_per_sample(self.model, names, known, beams=kwargs.get("num_beams") or 1):
+            yield
 
 
-def _stored_in_out(target: nn.Module, name: str, config: ConditionedConfig) -> bool:
-    """Whether the layer stores its weight as (in, out). Raises for a layer that is neither kind."""
+def _conditioned(target: nn.Module, adapter_name: str, config: ConditionedConfig, name: str) -> ConditionedLinear:
+    """The layer around a target module. Raises for a kind that cannot be adapted."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(base, Conv1D):
-        stored = True
-    elif isinstance(base, torch.nn.Linear):
-        stored = False
-    else:
+    if isinstance(base, nn.Embedding):
+        return ConditionedEmbedding(target, adapter_name, config)
+    if isinstance(base, CONVOLUTIONS):
+        return ConditionedConvolution(target, adapter_name, config)
+    if isinstance(base, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
         raise ValueError(
-            f"target module {name} is a {type(base).__name__}: only torch.nn.Linear and transformers' Conv1D can be "
-            "conditioned; choose other target_modules"
+            f"target module {name} is (part of) a torch.nn.MultiheadAttention, which reads the weights of its layers "
+            "without calling them, so nothing would be conditioned: choose other target_modules"
         )
-    if config.fan_in_fan_out and not stored:
+    stored_in_out = isinstance(base, Conv1D)
+    if not stored_in_out and not isinstance(base, nn.Linear):
+        raise ValueError(
+            f"target module {name} is a {type(base).__name__}: only torch.nn.Linear, Embedding, Conv1d, Conv2d, Conv3d "
+            "and transformers' Conv1D can be conditioned; choose other target_modules"
+        )
+    if config.fan_in_fan_out and not stored_in_out:
         warnings.warn(f"fan_in_fan_out=True does not fit {name}, a torch.nn.Linear: taken as False", stacklevel=2)
-    return stored
+    return ConditionedLinear(target, adapter_name, config, fan_in_fan_out=stored_in_out)
