@@ -9,6 +9,7 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from sora_hw.adapter.registration import add_peft_type
+from sora_hw.adapter.starting import STARTS
 from sora_hw.conditioning import PRESETS, Conditioning
 from sora_hw.rotation import ROTATION_SCALES, ROTATIONS
 
@@ -36,7 +37,9 @@ class ConditionedConfig(PeftConfig):
         rotation_eps: the bound on `||s_p J||_F` under `bounded`.
         condition_bias: scale and rotate the base layer's bias as well, as the authors' released layer does.
         use_rslora: see `alpha`.
-        init_weights: start as the identity (True) or at a random point (False; for tests).
+        init_weights: start as the identity (True), at a random point (False; for tests), or from the base weight:
+            "pissa" or "olora" take the principal part out of it and train that, so that base and adapter together
+            are at first what the base was, and the base alone is not.
         target_modules: names or a regular expression of the layers to adapt, or "all-linear"; None takes PEFT's
             choice for LoRA on known model types.
         exclude_modules: names or a regular expression of layers to leave out.
@@ -50,6 +53,7 @@ class ConditionedConfig(PeftConfig):
         trainable_token_indices: rows of the input embedding to train beside the adapter, or name of an embedding ->
             rows.
         ensure_weight_tying: train tied modules of `modules_to_save` and `trainable_token_indices` as one.
+        target_parameters: refused, see `ConditionedConfig._check_values`.
 
     Raises:
         ValueError: for unknown names, ranks below 1, numbers that are not finite, a dropout outside [0, 1), or a
@@ -68,7 +72,7 @@ class ConditionedConfig(PeftConfig):
     rotation_eps: float = field(default=1.0, metadata={"help": "Bound on the rotation under the bounded scale."})
     condition_bias: bool = field(default=False, metadata={"help": "Scale and rotate the bias as well."})
     use_rslora: bool = field(default=False, metadata={"help": "s = alpha / sqrt(r)."})
-    init_weights: bool = field(default=True, metadata={"help": "Start as the identity; False starts at random."})
+    init_weights: bool | str = field(default=True, metadata={"help": "Start: True, False, pissa or olora."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
@@ -82,6 +86,7 @@ class ConditionedConfig(PeftConfig):
         default=None, metadata={"help": "Rows of the embedding to train beside the adapter."}
     )
     ensure_weight_tying: bool = field(default=False, metadata={"help": "Train tied modules as one."})
+    target_parameters: None = field(default=None, metadata={"help": "Not supported: only layers are conditioned."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,6 +140,11 @@ class ConditionedConfig(PeftConfig):
         self.pre, self.post = pre, post
 
     def _check_values(self) -> None:
+        if self.target_parameters:
+            raise ValueError(
+                "target_parameters is not supported: a parameter that is not a layer's own, such as the experts of a "
+                "mixture, has no output of its own to condition; choose target_modules"
+            )
         Conditioning(self.pre, self.post)
         for name in ("r", "rotation_rank"):
             value = getattr(self, name)
@@ -144,9 +154,12 @@ class ConditionedConfig(PeftConfig):
             ("rotation", ROTATIONS),
             ("rotation_scale", ROTATION_SCALES),
             ("bias", ("none", "all", "conditioned_only")),
+            ("init_weights", (True, False, *STARTS)),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(map(str, known))}"
+                )
         for name in ("alpha", "dropout", "rotation_eps"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):

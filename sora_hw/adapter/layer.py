@@ -8,14 +8,16 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from sora_hw import ops
-from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, is_quantised, is_whole, row_norm_squared
+from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, is_whole, row_norm_squared
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.keeping import Keeping, look_after_steps
 from sora_hw.adapter.merging import Merges
 from sora_hw.adapter.mixed_batches import samples_of
+from sora_hw.adapter.starting import STARTS, principal_part
 from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, linear_map
 
 PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_C", "post_E", "magnitude")
@@ -62,6 +64,7 @@ class ConditionedLinear(nn.Module, Merges):
         adapter_name: name of the first adapter.
         config: its configuration.
         fan_in_fan_out: the base weight is stored as (in, out).
+        quantization: what PEFT's backend for a quantised base layer needs (`peft.utils.get_quantization_kwargs`).
     """
 
     sample_dims = 1  # dimensions of an input without a batch
@@ -69,10 +72,16 @@ class ConditionedLinear(nn.Module, Merges):
     other_param_names = ("r", "scaling", "conditioning", "conditions_bias", "conditioned_dropout", "kept_products")
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: ConditionedConfig, fan_in_fan_out: bool = False
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: ConditionedConfig,
+        fan_in_fan_out: bool = False,
+        **quantization,
     ):
         super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.fan_in_fan_out = fan_in_fan_out
         self.in_features, self.out_features = self._features()
         for name in self.adapter_layer_names:
@@ -85,6 +94,7 @@ class ConditionedLinear(nn.Module, Merges):
         self.merged_adapters: list[str] = []
         self.kept_products: dict[str, KeptProduct] = {}
         self.keeping = Keeping()
+        self.starts_from_base: str | None = None
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -107,6 +117,11 @@ class ConditionedLinear(nn.Module, Merges):
 
     def update_layer(self, adapter_name: str, config: ConditionedConfig) -> None:
         """Add an adapter, or replace the one of this name."""
+        if self.starts_from_base is not None or (config.init_weights in STARTS and len(self.conditioned_A) > 0):
+            raise ValueError(
+                f"init_weights={config.init_weights!r}: an adapter that starts from the base weight takes its part out "
+                "of it, so it must be the only adapter of a layer"
+            )
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name} is merged: unmerge before replacing it")
         for name in self.adapter_layer_names:
@@ -124,7 +139,9 @@ class ConditionedLinear(nn.Module, Merges):
         dtype = adapter_dtype(self._base_dtype())
         for name, shape in shapes.items():
             getattr(self, f"conditioned_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=dtype))
-        self.reset_adapter(adapter_name, config.init_weights)
+        self.reset_adapter(adapter_name, bool(config.init_weights))
+        if config.init_weights in STARTS:
+            self._start_from_base(adapter_name, config.init_weights)
         self._move_adapter_to_base_device(adapter_name)
         self.keeping.add(adapter_name)
         if config.conditioning.scales:
@@ -161,6 +178,26 @@ class ConditionedLinear(nn.Module, Merges):
         if not identity:
             magnitude.mul_(1 + 0.1 * torch.randn_like(magnitude))
 
+    @torch.no_grad()
+    def _start_from_base(self, adapter_name: str, start: str) -> None:
+        """Take the principal part out of the base weight and train it: together they are what the weight was.
+
+        The values of an adapter on the meta device are loaded afterwards; the base weight must change all the same.
+        """
+        if self._is_quantised:
+            raise ValueError(f"init_weights={start!r} writes into the base weight, which must not be quantised")
+        p, s = self.adapter_parameters(adapter_name), self.scaling[adapter_name]
+        with self._base_gathered():
+            weight = self._stored_weight().data
+            whole = weight.to(adapter_dtype(weight.dtype))
+            b, a = principal_part(whole, self.r[adapter_name], s, start)
+            weight.copy_(whole - s * b @ a)
+        for parameter, value in ((p["A"], a), (p["B"], b)):
+            if not parameter.is_meta:
+                parameter.copy_(value)
+        self._forget_base()
+        self.starts_from_base = adapter_name
+
     def adapter_parameters(self, adapter_name: str) -> dict[str, Tensor]:
         """The adapter's parameters by their names in `Conditioning.parameter_shapes`."""
         names = self.conditioning[adapter_name].parameter_names
@@ -169,7 +206,7 @@ class ConditionedLinear(nn.Module, Merges):
     def cast_adapter_to_base_dtype(self, adapter_name: str) -> None:
         """Store the adapter in the base weight's dtype, where that is a floating dtype."""
         dtype = self._base_dtype()
-        if not is_quantised(self.get_base_layer().weight):
+        if not self._is_quantised:
             for parameter in self.adapter_parameters(adapter_name).values():
                 parameter.data = parameter.data.to(dtype)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,15 +12,20 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from sora_hw.adapter.base_weight import ReadsBaseWeight, adapter_dtype, is_quantised
+from sora_hw.adapter.base_weight import ReadsBaseWeight, adapter_dtype
+from sora_hw.adapter.quantised import PackedOriginal, check_readable
 from sora_hw.conditioning import conditioned_bias, conditioned_weight
 
 
 class _Original(NamedTuple):
-    """What a merge overwrote, in host memory, so that unmerging restores it bit for bit."""
+    """What a merge overwrote, in host memory, so that unmerging restores it bit for bit.
+
+    Of a quantised layer `weight` is what it stands for, and `packed` is what it was.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    packed: PackedOriginal | None = None
 
 
 class Merges(ReadsBaseWeight):
@@ -41,7 +46,8 @@ class Merges(ReadsBaseWeight):
             adapter_names: the adapters to merge; the active ones by default.
 
         Raises:
-            ValueError: for a quantised base layer, or under `safe_merge` for a weight that is not finite.
+            ValueError: for a quantised base layer that does not give its weight, or under `safe_merge` for a weight
+                that is not finite.
         """
         names = self._mergeable(adapter_names)
         if not names:
@@ -60,7 +66,10 @@ class Merges(ReadsBaseWeight):
         base = self.get_base_layer()
         self._forget_base()
         with self._base_gathered():
-            base.weight.data.copy_(self._original.weight)
+            if self._original.packed is not None:
+                self._original.packed.restore(self)
+            else:
+                base.weight.data.copy_(self._original.weight)
             if self._original.bias is not None:
                 base.bias.data.copy_(self._original.bias)
         self._original = None
@@ -79,6 +88,8 @@ class Merges(ReadsBaseWeight):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """`W' - W0` of one adapter in the layout of the stored weight, float32 or wider."""
+        if self._is_quantised:
+            check_readable(self, "the difference of the weights")
         with torch.no_grad(), self._base_gathered():
             original = self._original or self._live_values()
             weight, _ = self._conditioned_values(adapter_name, original)
@@ -91,8 +102,8 @@ class Merges(ReadsBaseWeight):
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.conditioned_A]
-        if names and is_quantised(self.get_base_layer().weight):
-            raise ValueError("merging into a quantised base layer is not supported: load the base model unquantised")
+        if names and self._is_quantised:
+            check_readable(self, "merging")
         return names
 
     @contextmanager
@@ -101,19 +112,28 @@ class Merges(ReadsBaseWeight):
         with self._base_weight() as weight:
             yield weight if self._original is None else self._as_matrix(self._original.weight).to(weight.device)
 
+    @contextmanager
+    def _unmerged_weight_if_read(self, adapter_names: Iterable[str]) -> Iterator[Tensor | None]:
+        """`W0` where the coefficients of one of these adapters or their sum need it, else None."""
+        needed = any(
+            "rotation" in (c.pre, c.post) or c.post == "magnitude" for c in map(self.conditioning.get, adapter_names)
+        )
+        with self._unmerged_weight() if needed else nullcontext() as weight:
+            yield weight
+
     def _base_gathered(self):
         base = self.get_base_layer()
         bias = self._base_bias()
         return gather_params_ctx([base.weight] if bias is None else [base.weight, bias])
 
     def _live_values(self) -> _Original:
-        base = self.get_base_layer()
         bias = self._base_bias()
-        return _Original(base.weight.data, None if bias is None else bias.data)
+        return _Original(self.get_base_weight(), None if bias is None else bias.data)
 
     def _copy_to_host(self) -> _Original:
-        live = self._live_values()
-        return _Original(*(None if t is None else t.to("cpu", copy=True) for t in live))
+        weight, bias, _ = self._live_values()
+        packed = PackedOriginal.of(self) if self._is_quantised else None
+        return _Original(weight.to("cpu", copy=True), None if bias is None else bias.to("cpu", copy=True), packed)
 
     def _conditioned_values(self, adapter_name: str, original: _Original) -> tuple[Tensor, Tensor | None]:
         """`W'` (out, in) and the bias under one adapter, float32 or wider, on the base layer's device."""
@@ -138,8 +158,10 @@ class Merges(ReadsBaseWeight):
         if safe and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
             broken = f"adapter {names[0]} seems" if len(names) == 1 else f"adapters {', '.join(names)} seem"
             raise ValueError(f"NaNs detected in the merged weights. The {broken} to be broken")
-        base = self.get_base_layer()
         self._forget_base()
-        base.weight.data.copy_(self._as_stored(weight))
+        if self._is_quantised:
+            self.set_base_weight(weight.to(original.weight.dtype))
+        else:
+            self.get_base_layer().weight.data.copy_(self._as_stored(weight))
         if bias is not None:
-            base.bias.data.copy_(bias)
+            self.get_base_layer().bias.data.copy_(bias)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from contextlib import contextmanager
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -16,6 +18,7 @@ from sora_hw.adapter.convolution import CONVOLUTIONS, ConditionedConvolution
 from sora_hw.adapter.embedding import ConditionedEmbedding
 from sora_hw.adapter.layer import ConditionedLinear
 from sora_hw.adapter.mixed_batches import adapters_per_sample
+from sora_hw.adapter.weighted import check_combinable, combined_config, weighted_sum
 
 
 class ConditionedModel(BaseTuner):
@@ -43,7 +46,7 @@ class ConditionedModel(BaseTuner):
         if isinstance(target, ConditionedLinear):
             target.update_layer(adapter_name, config)
             return
-        layer = _conditioned(target, adapter_name, config, current_key)
+        layer = _conditioned(target, adapter_name, config, current_key, get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter does not train before it is made active
         self._replace_module(parent, target_name, layer, target)
@@ -55,6 +58,47 @@ class ConditionedModel(BaseTuner):
             for module in self.model.modules():
                 if isinstance(module, ConditionedLinear):
                     module.cast_adapter_to_base_dtype(adapter_name)
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add the weighted sum of adapters as an adapter of its own (`sora_hw.adapter.weighted`).
+
+        Args:
+            adapters: names of the adapters to sum.
+            weights: their weights, of any sign.
+            adapter_name: name of the sum. It does not train.
+            combination_type: "cat", PEFT's name for the exact sum.
+
+        Raises:
+            ValueError: for an unknown or a known name, or for what has no exact sum.
+        """
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter {unknown[0]} does not exist")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} exists already: choose another name or delete it first")
+        configs, weight_of = (
+            {name: self.peft_config[name] for name in adapters},
+            dict(zip(adapters, weights, strict=True)),
+        )
+        check_combinable(self.model, configs, combination_type)
+        sums = {}
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, ConditionedLinear) and (here := [a for a in adapters if a in layer.conditioned_A]):
+                sums[name] = weighted_sum(layer, {adapter: weight_of[adapter] for adapter in here})
+        scales = any(part.delta is not None for part in sums.values())
+        self.peft_config[adapter_name] = combined_config(configs, sums, scales)
+        self.inject_adapter(self.model, adapter_name)
+        for name, module in self.model.named_modules():
+            if name in sums:
+                for target, value in zip(("pre_delta", "A", "B"), sums[name], strict=True):
+                    if value is not None:
+                        getattr(module, f"conditioned_{target}")[adapter_name].data.copy_(value)
+            elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                source = next(adapter for adapter in adapters if adapter in module.modules_to_save)
+                module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+        self.set_requires_grad(adapter_name, requires_grad=False)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -68,7 +112,9 @@ class ConditionedModel(BaseTuner):
             yield
 
 
-def _conditioned(target: nn.Module, adapter_name: str, config: ConditionedConfig, name: str) -> ConditionedLinear:
+def _conditioned(
+    target: nn.Module, adapter_name: str, config: ConditionedConfig, name: str, quantization: dict[str, object]
+) -> ConditionedLinear:
     """The layer around a target module. Raises for a kind that cannot be adapted."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, nn.Embedding):
@@ -80,6 +126,8 @@ def _conditioned(target: nn.Module, adapter_name: str, config: ConditionedConfig
             f"target module {name} is (part of) a torch.nn.MultiheadAttention, which reads the weights of its layers "
             "without calling them, so nothing would be conditioned: choose other target_modules"
         )
+    if resolve_quantization_backend(base, **quantization) is not None:
+        return ConditionedLinear(target, adapter_name, config, **quantization)
     stored_in_out = isinstance(base, Conv1D)
     if not stored_in_out and not isinstance(base, nn.Linear):
         raise ValueError(
