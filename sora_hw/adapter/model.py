@@ -6,6 +6,7 @@ import warnings
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -51,6 +52,10 @@ class ConditionedModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter does not train before it is made active
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """The layers bring their parameters to the right device; a module that comes back keeps what is its own."""
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are made in float32 or wider. Without `autocast_adapter_dtype` they take the base's dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -58,6 +63,15 @@ class ConditionedModel(BaseTuner):
             for module in self.model.modules():
                 if isinstance(module, ConditionedLinear):
                     module.cast_adapter_to_base_dtype(adapter_name)
+
+    # What PEFT's own LoRA does with `modules_to_save`; nothing in it is about LoRA.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _add_targets_to_tie(self, peft_config: ConditionedConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            "ensure_weight_tying does not go with adapters on tied layers: a conditioned embedding scales and turns "
+            "its features, which are the inputs of the tied output layer; leave the embedding out of target_modules"
+        )
 
     @torch.no_grad()
     def add_weighted_adapter(

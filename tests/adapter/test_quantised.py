@@ -74,7 +74,6 @@ def stored_bytes(conditioned):
 def test_merging_writes_the_dense_weight_quantised_anew_and_unmerging_restores_every_bit(method, bits):
     model = adapted(method, bits)
     conditioned = model.base_model.model[0]
-    base = conditioned.get_base_layer()
     if bits == 8:
         model.eval()(torch.randn(2, IN))  # which moves its values from the weight to its state
     p = {name: value.detach().double() for name, value in conditioned.adapter_parameters("default").items()}
