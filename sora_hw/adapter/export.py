@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sora_hw.adapter.convolution import ConditionedConvolution
+from sora_hw.adapter.embedding import ConditionedEmbedding
 from sora_hw.adapter.layer import ConditionedLinear
 from sora_hw.conditioning import LinearMap, conditioned_bias
 
@@ -60,9 +62,27 @@ def exact_lora(
 @torch.no_grad()
 def layer_as_lora(layer: ConditionedLinear, adapter_name: str) -> ExactLora:
     """One layer's adapter as a LoRA, whose base layer has its original weight, whole and unquantised."""
-    base = layer.get_base_layer()
     weight = layer._stored_weight().double()
     p = {name: value.double() for name, value in layer.adapter_parameters(adapter_name).items()}
     linear = layer._linear_map(adapter_name, p, weight)
-    bias = None if base.bias is None else base.bias.double()
+    bias = layer._base_bias()
+    bias = None if bias is None else bias.double()
     return exact_lora(weight, bias, linear, p["A"], layer.scaling[adapter_name], layer.conditions_bias[adapter_name])
+
+
+def lora_tensors(layer: ConditionedLinear, lora: ExactLora) -> dict[str, Tensor]:
+    """The LoRA's tensors, float32, by the names and in the shapes that PEFT's LoRA gives them beside such a layer.
+
+    Raises:
+        ValueError: for a convolution beside which PEFT's LoRA is another one: it knows no dilation, no padding but
+            zeros, and shares its filters out among groups in its own way.
+    """
+    a, b = lora.a.float().contiguous(), lora.b.float().contiguous()
+    if isinstance(layer, ConditionedEmbedding):
+        return {"lora_embedding_A": a, "lora_embedding_B": b}
+    if isinstance(layer, ConditionedConvolution):
+        base = layer.get_base_layer()
+        if base.groups > 1 or set(base.dilation) != {1} or base.padding_mode != "zeros":
+            raise ValueError("a grouped, dilated or otherwise padded convolution: no LoRA of PEFT's equals its adapter")
+        a, b = layer._as_stored(a), b.reshape(*b.shape, *[1] * len(base.kernel_size))
+    return {"lora_A.weight": a, "lora_B.weight": b}

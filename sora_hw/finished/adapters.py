@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -101,7 +102,8 @@ def check_untied(model: PeftModel) -> None:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
+        # the rows of trained tokens are tied by PEFT itself
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             names = owners[id(module.get_base_layer().weight)]
             if len(names) > 1:
                 raise UserError(

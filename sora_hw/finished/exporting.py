@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sora_hw.adapter import ConditionedConfig, ConditionedLinear
-from sora_hw.adapter.export import layer_as_lora
+from sora_hw.adapter.export import layer_as_lora, lora_tensors
+from sora_hw.adapter.starting import STARTS
 from sora_hw.errors import UserError
 from sora_hw.finished.adapters import (
     NAME,
@@ -53,6 +54,7 @@ class _Lora:
         ranks: of every layer.
         scaled: the layers whose diagonal now lies in the weight of the base model.
         biased: those whose conditioned bias now lies there.
+        started: those that have given a part of their weight to the adapter when it was made.
         rounding: what the base model's dtype takes from the diagonals.
     """
 
@@ -60,12 +62,13 @@ class _Lora:
     ranks: dict[str, int] = field(default_factory=dict)
     scaled: list[str] = field(default_factory=list)
     biased: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
     rounding: Rounding = field(default_factory=Rounding)
 
     @property
     def folds(self) -> bool:
         """Whether it belongs to a base model of its own."""
-        return bool(self.scaled or self.biased)
+        return bool(self.scaled or self.biased or self.started)
 
 
 def export(path: Path, output: Path, model: str | None, console: Console) -> None:
@@ -87,7 +90,7 @@ def export(path: Path, output: Path, model: str | None, console: Console) -> Non
         with console.status(f"loading {adapter.base.name}"):
             adapted = open_adapter(adapter)
         dtype = adapted.get_base_model().dtype
-        if adapter.config.conditioning.scales or adapter.config.condition_bias:
+        if adapter.config.conditioning.scales or adapter.config.condition_bias or adapter.config.init_weights in STARTS:
             check_untied(adapted)
         lora = _as_lora(adapter, adapted, console)
         config = _lora_config(adapted, lora)
@@ -114,14 +117,19 @@ def _as_lora(adapter: Adapter, adapted: PeftModel, console: Console) -> _Lora:
     layers = [(name, module) for name, module in named if isinstance(module, ConditionedLinear)]
     for name, layer in track(layers, "layers", console=console, transient=True, disable=not console.is_terminal):
         exact, base = layer_as_lora(layer, NAME), layer.get_base_layer()
+        try:
+            tensors = lora_tensors(layer, exact)
+        except ValueError as error:
+            raise UserError(f"{adapter.folder}: {name} is {error}; `merge` writes the model with it") from None
         lora.ranks[name] = len(exact.a)
-        lora.tensors[f"{_PREFIX}{name}.lora_A.weight"] = exact.a.float().contiguous()
-        lora.tensors[f"{_PREFIX}{name}.lora_B.weight"] = exact.b.float().contiguous()
+        lora.tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in tensors.items()}
+        if layer.starts_from_base is not None:
+            lora.started.append(name)  # `open_adapter` has taken the adapter's start out of the weight
         if exact.weight is not None:
             lora.scaled.append(name)
-            weight = layer._stored_weight()
-            lora.rounding.add(weight, exact.weight)
-            weight.copy_(exact.weight)
+            lora.rounding.add(layer._stored_weight(), exact.weight)
+            base.weight.copy_(layer._as_stored(exact.weight))
+            lora.tensors.pop(f"{_PREFIX}{name}.base_layer.weight", None)  # PEFT saves adapted embeddings whole
         if exact.bias is not None:
             lora.biased.append(name)
             base.bias.copy_(exact.bias)
@@ -153,7 +161,7 @@ def _statement(adapter: Adapter, lora: _Lora, config: LoraConfig, output: Path, 
     base = config.base_model_name_or_path
     told = [f"{output}: {len(lora.ranks)} layers as a LoRA of rank {config.r}, which is exact"]
     if lora.folds:
-        parts = [(lora.scaled, "the diagonal"), (lora.biased, "the bias")]
+        parts = [(lora.scaled, "the diagonal"), (lora.biased, "the bias"), (lora.started, "the start")]
         folded = " and ".join(f"{what} of {len(names)} layers" for names, what in parts if names)
         told.append(f"folded into a copy of {adapter.base.name}: {folded}")
         told += lora.rounding.told(dtype)
@@ -162,15 +170,20 @@ def _statement(adapter: Adapter, lora: _Lora, config: LoraConfig, output: Path, 
         told.append(f"nothing is folded: it belongs to {adapter.base.name} as that is")
     loader = adapter.base.auto_class.__name__
     told.append(f'PEFT: PeftModel.from_pretrained({loader}.from_pretrained("{base}"), "{output}")')
-    told.append(_for_vllm(config, output))
+    told.append(_for_vllm(lora, config, output))
     return told
 
 
-def _for_vllm(config: LoraConfig, output: Path) -> str:
+def _for_vllm(lora: _Lora, config: LoraConfig, output: Path) -> str:
     """Whether vLLM takes the LoRA, and how."""
     rank = next((rank for rank in _VLLM_RANKS if rank >= config.r), None)
-    if config.modules_to_save or config.bias != "none" or rank is None:
-        return "vLLM: not as a LoRA (it takes no modules_to_save, no trained biases, and ranks up to 512); merge it"
+    others = [
+        name
+        for name, tensor in lora.tensors.items()
+        if ".lora_" not in name or tensor.dim() != 2 or "_embedding_" in name
+    ]
+    if others or rank is None:
+        return "vLLM: not as a LoRA, of which it takes linear layers alone, up to rank 512; `sora-hw merge` serves it"
     options = f"--enable-lora --max-lora-rank {rank} --lora-modules {output.name}={output}"
     return f"vLLM: vllm serve {config.base_model_name_or_path} {options}"
 

@@ -1,17 +1,18 @@
 """An adapter as an exact plain LoRA, against the dense formulas, and in PEFT's own LoRA."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from dense import rotation
 from dense import weight as dense_weight
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import sora_hw
-from sora_hw.adapter.export import layer_as_lora
+from sora_hw.adapter.export import layer_as_lora, lora_tensors
 from sora_hw.conditioning import POST, PRE, PRESETS
 
 PAIRS = list(itertools.product(PRE, POST))
@@ -76,20 +77,39 @@ def test_a_weight_that_is_stored_the_other_way_round():
     assert (lora.weight + lora.b @ lora.a - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("bias", [True, False])
+KINDS = {
+    "linear": (nn.Linear(IN, OUT), (50, IN)),
+    "linear without a bias": (nn.Linear(IN, OUT, bias=False), (50, IN)),
+    "GPT-2's linear": (Conv1D(OUT, IN), (50, IN)),
+    "embedding": (nn.Embedding(30, OUT, padding_idx=0), (50,)),
+    "convolution": (nn.Conv1d(4, OUT, 3, stride=2, padding=1), (5, 4, 11)),
+    "convolution in two dimensions": (nn.Conv2d(4, OUT, (3, 2)), (5, 4, 7, 7)),
+    "convolution in three dimensions": (nn.Conv3d(2, OUT, 2), (3, 2, 4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", PRESETS)
-def test_peft_s_lora_gives_the_same_output(method, bias):
-    model, layer = adapted(*PRESETS[method], base=nn.Linear(IN, OUT, bias=bias), use_rslora=True)
+def test_peft_s_lora_gives_the_same_output(method, kind):
+    base, shape = KINDS[kind]
+    model, layer = adapted(*PRESETS[method], base=copy.deepcopy(base), use_rslora=True)
     lora = layer_as_lora(layer, "default")
-    x = torch.randn(50, IN)
-    plain = nn.Linear(IN, OUT, bias=bias)
-    plain.load_state_dict(layer.get_base_layer().state_dict())
+    x = torch.randint(30, shape) if kind == "embedding" else torch.randn(shape)
+    plain = copy.deepcopy(base)
     with torch.no_grad():
         if lora.weight is not None:
-            plain.weight.copy_(lora.weight)
+            plain.weight.copy_(layer._as_stored(lora.weight))
         rank = len(lora.a)
         other = get_peft_model(nn.Sequential(plain), LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]))
-        other.base_model.model[0].lora_A["default"].weight.copy_(lora.a)
-        other.base_model.model[0].lora_B["default"].weight.copy_(lora.b)
+        tensors = {f"base_model.model.0.{name}": tensor for name, tensor in lora_tensors(layer, lora).items()}
+        result = set_peft_model_state_dict(other, tensors)
+        assert not result.unexpected_keys and not any("lora" in name for name in result.missing_keys)
         assert (other(x) - model(x)).abs().max() < 1e-5
-        assert (other(x) - layer.get_base_layer()(x)).abs().max() > 0.1
+        assert (other(x) - base(x)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding": 1, "padding_mode": "circular"}])
+def test_a_convolution_that_peft_s_lora_does_not_know_is_refused(options):
+    _, layer = adapted("none", "none", base=nn.Conv1d(4, OUT, 3, **options))
+    with pytest.raises(ValueError, match="no LoRA of PEFT's equals its adapter"):
+        lora_tensors(layer, layer_as_lora(layer, "default"))
