@@ -121,6 +121,8 @@ def _as_lora(adapter: Adapter, adapted: PeftModel, console: Console) -> _Lora:
             tensors = lora_tensors(layer, exact)
         except ValueError as error:
             raise UserError(f"{adapter.folder}: {name} is {error}; `merge` writes the model with it") from None
+        if not all(torch.isfinite(tensor).all() for tensor in exact if tensor is not None):
+            raise UserError(f"{adapter.folder}: what it makes of {name} is not finite; the adapter seems to be broken")
         lora.ranks[name] = len(exact.a)
         lora.tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in tensors.items()}
         if layer.starts_from_base is not None:
