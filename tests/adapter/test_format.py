@@ -167,6 +167,15 @@ def test_layers_that_transformers_has_put_into_its_model(tmp_path):
             set_peft_model_state_dict(model, dict(list(given.items())[1:]))
 
 
+def test_transformers_own_loader_says_what_is_missing(tmp_path):
+    """It asks nobody about the tensors that it finds; what it makes of a damaged file it reports itself."""
+    get_peft_model(llama(), sora_hw.ConditionedConfig(method="sora", r=2, init_weights=False)).save_pretrained(tmp_path)
+    assert not llama().load_adapter(tmp_path).missing_keys
+    name = "model.layers.1.self_attn.v_proj.conditioned_post_E"
+    with_tensors(tmp_path, lambda tensors: tensors.pop(f"base_model.model.{name}"))
+    assert llama().load_adapter(tmp_path).missing_keys == {f"{name}.default"}
+
+
 def test_the_card_of_an_adapter_says_how_to_load_it(tmp_path):
     model = get_peft_model(llama(), sora_hw.ConditionedConfig(method="sora", r=2, task_type="CAUSAL_LM"))
     model.peft_config["default"].base_model_name_or_path = "someone/llama"

@@ -271,6 +271,9 @@ def test_what_was_folded_is_told(tmp_path, capsys):
     assert f"folded into a copy of {base}: the diagonal of 4 layers and the bias of 4 layers" in told
     assert "rounding" not in told and f"{tmp_path}/a/model (float32)" in told
     assert all(line in (tmp_path / "a" / "README.md").read_text() for line in told.splitlines())
+    # what names the copy as its base model loads whole, too
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert (logits(whole) - adapted_logits(base, sora)).abs().max() < 1e-5
     ortho = adapter(tmp_path / "ortho", base, method="post_ortho")
     assert main(["export", str(ortho), "--output", str(tmp_path / "b")]) == 0
     assert f"nothing is folded: it belongs to {base} as that is" in capsys.readouterr().out
