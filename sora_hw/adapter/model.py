@@ -83,7 +83,7 @@ class ConditionedModel(BaseTuner):
             adapters: names of the adapters to sum.
             weights: their weights, of any sign.
             adapter_name: name of the sum. It does not train.
-            combination_type: "cat", PEFT's name for the exact sum.
+            combination_type: "cat" or "linear", both the exact sum.
 
         Raises:
             ValueError: for an unknown or a known name, or for what has no exact sum.

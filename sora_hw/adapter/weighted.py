@@ -23,6 +23,8 @@ from sora_hw.adapter.base_weight import adapter_dtype
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.layer import ConditionedLinear
 
+EXACT = ("cat", "linear")  # PEFT's names for a sum; there "linear" keeps the rank and is not quite one
+
 
 class WeightedSum(NamedTuple):
     """The parameters of the sum in one layer: `delta` (out,) or None, `a` (R, in), `b` (out, R); scale 1."""
@@ -93,8 +95,8 @@ def _union(targets: list[set[str] | str]) -> set[str] | str:
 
 def check_combinable(model: nn.Module, configs: Mapping[str, ConditionedConfig], combination_type: str) -> None:
     """Raises ValueError for what has no exact sum."""
-    if combination_type != "cat":
-        raise ValueError(f'combination_type={combination_type!r} is not exact: only "cat", the exact sum, is supported')
+    if combination_type not in EXACT:
+        raise ValueError(f"combination_type={combination_type!r} is not exact: choose one of {', '.join(EXACT)}")
     heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     if shared := sum(sum(name in head.modules_to_save for name in configs) > 1 for head in heads):
         raise ValueError(
