@@ -75,7 +75,7 @@ class ConditionedModel(BaseTuner):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat", **options
     ) -> None:
         """Add the weighted sum of adapters as an adapter of its own (`sora_hw.adapter.weighted`).
 
@@ -84,6 +84,7 @@ class ConditionedModel(BaseTuner):
             weights: their weights, of any sign.
             adapter_name: name of the sum. It does not train.
             combination_type: "cat" or "linear", both the exact sum.
+            options: of PEFT's other ways to combine; as there, they do nothing in these.
 
         Raises:
             ValueError: for an unknown or a known name, or for what has no exact sum.

@@ -56,18 +56,21 @@ def pytest_report_header() -> str:
     return f"peft {peft.__version__}'s tests for sora_hw from {sora_hw.__file__}"
 
 
-@pytest.fixture
-def preset(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The preset that `LoraConfig` stands for in one test, in whose body our `A` answers to LoRA's name."""
-    StandIn.method = request.param
-    names = property(lambda layer: {name: SimpleNamespace(weight=a) for name, a in layer.conditioned_A.items()})
-    monkeypatch.setattr(ConditionedLinear, "lora_A", names, raising=False)
-
-
 @pytest.fixture(autouse=True)
-def same_numbers() -> None:
-    """Not every test of PEFT sets a seed, and outputs that should differ could be alike by chance."""
+def standing_for_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset that `LoraConfig` stands for in one test, in whose body our `A` answers to LoRA's name.
+
+    Not every test of PEFT sets a seed, and outputs that should differ could be alike by chance: here each has one.
+    """
     torch.manual_seed(0)
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "preset" in parameters:
+        monkeypatch.setattr(StandIn, "method", parameters["preset"])
+        monkeypatch.setattr(ConditionedLinear, "lora_A", property(_named_as_in_lora), raising=False)
+
+
+def _named_as_in_lora(layer: ConditionedLinear) -> dict[str, SimpleNamespace]:
+    return {name: SimpleNamespace(weight=a) for name, a in layer.conditioned_A.items()}
 
 
 @pytest.hookimpl(tryfirst=True)
