@@ -6,7 +6,7 @@ import pytest
 import torch
 from dense import output as dense_output
 from dense import weight as dense_weight
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,11 +125,39 @@ def test_they_start_as_the_base_layer_and_keep_its_dtype(module, method):
         model.unload()
 
 
-def test_autocast_gives_a_convolution_s_dtype():
-    model, _ = adapted(nn.Conv2d(4, 6, 3), "diagonal", "rotation")
+@pytest.mark.parametrize("kind", ["linear", "convolution", "grouped convolution", "embedding"])
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_output_has_the_dtype_of_a_lora_s(dtype, autocast, kind):
+    made = {
+        "linear": lambda: nn.Linear(4, 6),
+        "convolution": lambda: nn.Conv1d(4, 6, 2),
+        "grouped convolution": lambda: nn.Conv1d(4, 6, 2, groups=2),
+        "embedding": lambda: nn.Embedding(4, 6),
+    }[kind]
+    x = torch.tensor([[1, 2, 3]]) if kind == "embedding" else torch.randn(2, 4, 4).to(dtype)
+    lora = LoraConfig(target_modules=["0"], lora_dropout=0.1)
+    reference = get_peft_model(nn.Sequential(made()).to(dtype), lora)
+    for method, dropout, fp32 in itertools.product(("dora", "sora"), (0.0, 0.1), (True, False)):
+        config = sora_hw.ConditionedConfig(method=method, dropout=dropout, target_modules=["0"])
+        model = get_peft_model(nn.Sequential(made()).to(dtype), config, autocast_adapter_dtype=fp32)
+        for training, grad in itertools.product((True, False), (True, False)):
+            context = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
+            with context, torch.set_grad_enabled(grad):
+                assert model.train(training)(x).dtype == reference.train(training)(x).dtype
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.Embedding(9, 6)])
+def test_one_compiled_graph(module):
+    x = torch.arange(8).reshape(2, 4) if isinstance(module, nn.Embedding) else torch.randn(2, 4, 5, 5)
+    model, _ = adapted(module, "diagonal", "rotation")
     model = model.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(torch.randn(2, 4, 5, 5)).dtype == torch.bfloat16
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    eager, graph = (torch.autograd.grad(f(x).square().sum(), trained) for f in (model, compiled))
+    for actual, wanted in zip(graph, eager, strict=True):
+        assert (actual - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("target", ["attention", "attention.out_proj"])
