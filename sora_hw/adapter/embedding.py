@@ -18,6 +18,7 @@ class ConditionedEmbedding(ConditionedLinear):
     """
 
     sample_dims = 0
+    is_linear_layer = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: ConditionedConfig):
         super().__init__(base_layer, adapter_name, config, fan_in_fan_out=True)

@@ -94,7 +94,6 @@ class ConditionedLinear(nn.Module, Merges):
         self.merged_adapters: list[str] = []
         self.kept_products: dict[str, KeptProduct] = {}
         self.keeping = Keeping()
-        self.starts_from_base: str | None = None
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -182,7 +181,7 @@ class ConditionedLinear(nn.Module, Merges):
     def _start_from_base(self, adapter_name: str, start: str) -> None:
         """Take the principal part out of the base weight and train it: together they are what the weight was.
 
-        The values of an adapter on the meta device are loaded afterwards; the base weight must change all the same.
+        An adapter on the meta device takes no values, they are loaded; the base weight must change all the same.
         """
         if self._is_quantised:
             raise ValueError(f"init_weights={start!r} writes into the base weight, which must not be quantised")
@@ -192,9 +191,8 @@ class ConditionedLinear(nn.Module, Merges):
             whole = weight.to(adapter_dtype(weight.dtype))
             b, a = principal_part(whole, self.r[adapter_name], s, start)
             weight.copy_(whole - s * b @ a)
-        for parameter, value in ((p["A"], a), (p["B"], b)):
-            if not parameter.is_meta:
-                parameter.copy_(value)
+        p["A"].copy_(a)
+        p["B"].copy_(b)
         self._forget_base()
         self.starts_from_base = adapter_name
 

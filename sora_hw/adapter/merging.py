@@ -34,6 +34,9 @@ class Merges(ReadsBaseWeight):
     It has the adapters (`conditioned_A`, `scaling`, `conditions_bias`) and gives their coefficients (`_linear_map`).
     """
 
+    is_linear_layer = True  # rather than a convolution or an embedding
+    starts_from_base: str | None = None  # the adapter whose start has been taken out of the base weight
+
     _original: _Original | None = None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -99,8 +102,9 @@ class Merges(ReadsBaseWeight):
             return self._as_stored(conditioned_weight(weight, linear._replace(c=change), a, scaling))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's conversion to LoRA works from the difference of the weights, which does not hold the bias."""
-        return not self.conditions_bias[adapter_name] or self._base_bias() is None
+        """PEFT's conversion to LoRA takes the difference of the weights of a linear layer from the model's own base."""
+        holds_all = not self.conditions_bias[adapter_name] or self._base_bias() is None
+        return self.is_linear_layer and holds_all and self.starts_from_base is None
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.conditioned_A]

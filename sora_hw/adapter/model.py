@@ -23,7 +23,7 @@ from sora_hw.adapter.weighted import check_combinable, combined_config, weighted
 
 
 class ConditionedModel(BaseTuner):
-    """A model whose target layers are `ConditionedLinear`. Made by `peft.get_peft_model`, not by hand.
+    """A model whose target layers are `ConditionedLinear` or one of its kinds. Made by `peft.get_peft_model`.
 
     Raises:
         ValueError: for a target module of a kind that cannot be adapted.
