@@ -91,7 +91,7 @@ class ReadsBaseWeight(BaseTunerLayer):
     def _base_weight(self) -> Iterator[Tensor]:
         """`W0` as (out, in) for reading, gathered where ZeRO-3 has sharded it."""
         if self._is_quantised:
-            check_readable(self, "this")
+            check_readable(self, "a magnitude or a sum of adapters")
             yield self.get_base_weight().detach()
             return
         weight = self.get_base_layer().weight
