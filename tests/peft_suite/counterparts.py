@@ -102,7 +102,7 @@ def class_of(method: str) -> type[ConditionedConfig]:
     def __init__(self, *args, **keywords):
         ConditionedConfig.__init__(self, *args, **{"method": method, **keywords})
 
-    return type(f"Conditioned_{method}", (ConditionedConfig,), {"__init__": __init__})
+    return type(f"Conditioned_{method}", (ConditionedConfig,), {"__init__": __init__, "preset": method})
 
 
 class LikeDora(dict):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 import sys
 from collections import Counter
 from types import ModuleType, SimpleNamespace
@@ -64,8 +65,9 @@ def standing_for_lora(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """
     torch.manual_seed(0)
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if "preset" in parameters:
-        monkeypatch.setattr(StandIn, "method", parameters["preset"])
+    method = parameters.get("preset") or getattr(parameters.get("config_cls"), "preset", None)
+    if method:
+        monkeypatch.setattr(StandIn, "method", method)
         monkeypatch.setattr(ConditionedLinear, "lora_A", property(_named_as_in_lora), raising=False)
 
 
@@ -111,6 +113,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (dropped if others or reason else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes, which all leave out the same
+        session.config.workeroutput["left_out"] = dict(_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    _left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}) if not _left_out else {})
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -171,14 +183,7 @@ def _rows_of_instances(cells: tuple) -> list:
 
 def _names_lora(function: pytest.Function) -> bool:
     """Whether a test without rows names LoRA's configuration in its body."""
-    return "LoraConfig(" in _source(function.obj) or "LoraConfig," in _source(function.obj)
-
-
-def _source(function) -> str:
-    return "".join(
-        line.replace("AdaLoraConfig", "").replace("XLoraConfig", "")
-        for line in inspect.getsource(function).splitlines(True)
-    )
+    return re.search(r"(?<!\w)LoraConfig\b", inspect.getsource(function.obj)) is not None
 
 
 def _names_ours(parameters: dict[str, object]) -> bool:
