@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sora_hw.adapter.base_weight import adapter_dtype
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.layer import ConditionedLinear
+from sora_hw.adapter.starting import STARTS
 
 EXACT = ("cat", "linear")  # PEFT's names for a sum; there "linear" keeps the rank and is not quite one
 
@@ -104,6 +105,8 @@ def check_combinable(model: nn.Module, configs: Mapping[str, ConditionedConfig],
             f"{shared} such instance(s)."
         )
     for name, config in configs.items():
+        if config.init_weights in STARTS:
+            raise ValueError(f"adapter {name} started from the base weight and is the only one beside what that left")
         if config.condition_bias or config.bias != "none" or config.trainable_token_indices:
             raise ValueError(
                 f"adapter {name} changes biases or tokens, which a weighted sum of weights does not hold: "
