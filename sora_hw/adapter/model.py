@@ -93,10 +93,10 @@ class ConditionedModel(BaseTuner):
             raise ValueError(f"Adapter {unknown[0]} does not exist")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} exists already: choose another name or delete it first")
-        configs, weight_of = (
-            {name: self.peft_config[name] for name in adapters},
-            dict(zip(adapters, weights, strict=True)),
-        )
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(weights)} weights do not fit {len(adapters)} adapters: give one for each")
+        configs = {name: self.peft_config[name] for name in adapters}
+        weight_of = dict(zip(adapters, weights, strict=True))
         check_combinable(self.model, configs, combination_type)
         sums = {}
         for name, layer in self.model.named_modules():
