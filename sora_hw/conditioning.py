@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sora_hw import ops
 from sora_hw.rotation import rotation_factors
 
 PRE = ("none", "diagonal", "rotation")
@@ -142,16 +143,15 @@ def linear_map(
     if conditioning.pre == "diagonal":
         c = 1 + p["pre_delta"]
     elif conditioning.pre == "rotation":
-        u, v = _rotation(conditioning, p, "pre")
-        b, reads = torch.cat([b, v], dim=1), [u]
+        b, q = _rotated(conditioning, p, "pre", b, None)
+        reads = [q]
 
     if conditioning.post == "diagonal":
         d = 1 + p["post_delta"]
         c, b = _scaled(c, d), d[:, None] * b
     elif conditioning.post == "rotation":
-        u, v = _rotation(conditioning, p, "post")
-        b = torch.cat([b + v @ (u.T @ b), v], dim=1)
-        reads.append(_scaled(c, u))
+        b, q = _rotated(conditioning, p, "post", b, c)
+        reads.append(q)
     elif conditioning.post == "magnitude":
         a = scaling * p["A"].detach()
         with torch.no_grad():
@@ -161,7 +161,8 @@ def linear_map(
         m = p["magnitude"] / norm.masked_fill(norm == 0, math.inf)  # a row of zeros has no direction: it stays zero
         c, b = _scaled(c, m), m[:, None] * b
 
-    return LinearMap(c, b, torch.cat(reads, dim=1) if reads else None)
+    q = None if not reads else reads[0] if len(reads) == 1 else torch.cat(reads, dim=1)
+    return LinearMap(c, b, q)
 
 
 def conditioned_weight(weight: Tensor, linear: LinearMap, a: Tensor, scaling: float) -> Tensor:
@@ -189,14 +190,16 @@ def conditioned_bias(bias: Tensor, linear: LinearMap) -> Tensor:
     return conditioned
 
 
-def _rotation(conditioning: Conditioning, p: Parameters, place: str) -> tuple[Tensor, Tensor]:
-    return rotation_factors(
-        p[f"{place}_C"],
-        p[f"{place}_E"],
-        conditioning.rotation,
-        conditioning.rotation_scale,
-        conditioning.rotation_eps,
-    )
+def _rotated(
+    conditioning: Conditioning, p: Parameters, place: str, b: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`B'` and `Q` after a rotation: one after the update turns its columns `b`, one before it stands beside them."""
+    factors, rule, eps = (p[f"{place}_C"], p[f"{place}_E"]), conditioning.rotation_scale, conditioning.rotation_eps
+    if conditioning.rotation == "taylor":
+        return ops.taylor_rotation(b, *factors, c, place == "post", rule == "bounded", eps)
+    u, v = rotation_factors(*factors, conditioning.rotation, rule, eps)
+    turned = b + v @ (u.T @ b) if place == "post" else b
+    return torch.cat([turned, v], dim=1), _scaled(c, u)
 
 
 def _scaled(c: Tensor | None, t: Tensor) -> Tensor:

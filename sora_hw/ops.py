@@ -4,9 +4,10 @@ A kernel package registers an implementation per dispatch key; the device of the
 are found through the entry-point group `sora_hw.kernels`, whose entries are named by device type, so a vendor can
 add a device without touching this repository. A device that no package serves raises `NotImplementedError`.
 
-    z = x a^T                                 `skinny_product`, and with dropout on the way to a layer `low_rank_input`
+    z = [s dropout(x) a^T, x (q^T W0)^T]      `low_rank_input`, and without all that `skinny_product`
     y = scale * base + z b^T + bias           `scale_rank_update`
     n = || scale * W0 + b a ||_row            `factored_row_norm`
+    [b + V U^T b, V], scale * U               `taylor_rotation`
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ ENTRY_POINT_GROUP = "sora_hw.kernels"
 # - "base", the base product, for a `scale` that comes near zero: nothing is divided.
 Keep = Literal["output", "inputs", "base"]
 _WAYS_TO_KEEP = get_args(Keep)
+
+# Below this product of norms a factor of a rotation counts as zero: it turns nothing, and dividing by the product would
+# only magnify rounding errors.
+ZERO_NORM_PRODUCT = 1e-12
 
 torch.library.define(
     "sora_hw::dropout",
@@ -55,6 +60,17 @@ torch.library.define(
     "(Tensor weight, Tensor norm_squared, Tensor? scale, Tensor b, Tensor a) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+torch.library.define(
+    "sora_hw::taylor_rotation",
+    "(Tensor b, Tensor c, Tensor e, Tensor? scale, bool turns_b, bool bounded, float eps) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "sora_hw::taylor_rotation_backward",
+    "(Tensor dturned, Tensor dq_t, Tensor b, Tensor c, Tensor e, Tensor? scale, Tensor sums, bool turns_b,"
+    " bool bounded, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 def skinny_product(x: Tensor, a: Tensor) -> Tensor:
@@ -67,23 +83,42 @@ def skinny_product(x: Tensor, a: Tensor) -> Tensor:
     return _SkinnyProduct.apply(x, a.to(x.dtype))
 
 
-def low_rank_input(x: Tensor, a: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`x` and `z = dropout(x) a^T`. What else reads `x`, the frozen layer first of all, should read the `x` returned.
+class Probe(NamedTuple):
+    """What a rotation reads off the input of a layer instead of its output: `x (q^T W0)^T`.
 
-    The gradient that comes back through that `x` and `dz a`, the one through `z`, then meet in one pass over (N, in)
-    (`input_gradient`) instead of in three to five: a product, the mask of the dropout, a sum.
+    Attributes:
+        q: (out, k), float32 or wider.
+        weight: `W0`, (out, in).
+        value: `q^T W0`, (k, in), in the dtype of the weight, without a graph: the gradient flows to both all the same.
+    """
+
+    q: Tensor
+    weight: Tensor
+    value: Tensor
+
+
+def low_rank_input(
+    x: Tensor, a: Tensor, scaling: float = 1.0, dropout: float = 0.0, probe: Probe | None = None
+) -> tuple[Tensor, Tensor]:
+    """`x` and `z = [scaling * dropout(x) a^T, x (q^T W0)^T]`, the second part only with a `probe`.
+
+    What else reads `x`, the frozen layer first of all, should read the `x` returned. The gradient that comes back
+    through it and the one through `z` then meet in one pass over (N, in) (`input_gradient`) instead of in three to
+    five: a product, the mask of the dropout, a sum.
 
     Args:
         x: (..., in).
-        a: (R, in), any floating dtype.
+        a: (r, in), any floating dtype.
+        scaling: `s`.
         dropout: probability; on processors and GPUs the mask is the one that `torch.nn.functional.dropout` draws.
+        probe: see `Probe`.
 
     Returns:
-        `x`, as a view where it has a gradient, and `z`, (..., R), in its dtype.
+        `x`, as a view where it has a gradient, and `z`, (..., r + k), in its dtype.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x, skinny_product(torch.nn.functional.dropout(x, dropout) if dropout else x, a)
-    return _LowRankInput.apply(x, a.to(x.dtype), dropout)
+    q, weight, value = probe or (None, None, None)
+    through, z = _LowRankInput.apply(x, a, scaling, dropout, q, weight, value)
+    return through if x.requires_grad else x, z
 
 
 def scale_rank_update(
@@ -102,7 +137,31 @@ def scale_rank_update(
     Returns:
         (..., out).
     """
-    return _ScaleRankUpdate.apply(base.flatten(0, -2), scale, z.flatten(0, -2), b, bias, keep).view(base.shape)
+    # The view is taken out here: a view that a Function returns may not be written into, as a ReLU in place does.
+    return _ScaleRankUpdate.apply(base, scale, z, b, bias, keep).view(base.shape)
+
+
+def taylor_rotation(
+    b: Tensor, c: Tensor, e: Tensor, scale: Tensor | None, turns_b: bool, bounded: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`B'` and `Q` of a rotation `P = I + U V^T` of the output features, `U = [E, C]`, `V = s_p [C, -E]`.
+
+    The first-order rotation of `sora_hw.rotation.rotation_factors`, in one operator with its gradient: what it takes
+    is small, but as a graph of a dozen small operations it would cost more than the layer that it belongs to.
+
+    Args:
+        b: (out, R), float32 or float64, as are the others.
+        c: factor `C`, (out, rp).
+        e: difference `E = D - C`, (out, rp).
+        scale: `c` of what is rotated, (out,), or None for one.
+        turns_b: whether the rotation turns the columns of `b`, or only stands beside them.
+        bounded: the rule for `s_p`, see `sora_hw.rotation.rotation_scale`.
+        eps: see there.
+
+    Returns:
+        `[b + V (U^T b), V]` or `[b, V]`, (out, R + 2 rp), and `scale * U`, (out, 2 rp), whose transpose is contiguous.
+    """
+    return _TaylorRotation.apply(b, c, e, scale, turns_b, bounded, eps)
 
 
 def factored_row_norm(weight: Tensor, norm_squared: Tensor, scale: Tensor | None, b: Tensor, a: Tensor) -> Tensor:
@@ -155,6 +214,36 @@ def _(weight, norm_squared, scale, b, a):
     return torch.empty_like(norm_squared)
 
 
+@torch.library.register_fake("sora_hw::taylor_rotation")
+def _(b, c, e, scale, turns_b, bounded, eps):
+    (out, r), rp = b.shape, c.shape[1]
+    return b.new_empty(out, r + 2 * rp), b.new_empty(2 * rp, out), b.new_empty(2 * rp * r * turns_b + 2)
+
+
+@torch.library.register_fake("sora_hw::taylor_rotation_backward")
+def _(dturned, dq_t, b, c, e, scale, sums, turns_b, bounded, eps):
+    nothing = b.new_empty(0)
+    dscale = nothing if scale is None else torch.empty_like(scale)
+    return b.new_empty(b.shape), c.new_empty(c.shape), e.new_empty(e.shape), dscale
+
+
+def scale_and_slopes(norm_c: Tensor, norm_d: Tensor, bounded: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`s_p` of `||C||_F` and `||D||_F`, and its slopes over both, each divided by the norm itself.
+
+    So the gradient of a factor `C` is `slope_c * C`; it is zero for a zero factor. The rules: `rotation_scale` of
+    `sora_hw.rotation`.
+    """
+    if bounded:
+        product = 2.0 * norm_c * norm_d
+        turns = product > ZERO_NORM_PRODUCT
+        factor = torch.where(turns, eps / torch.where(turns, product, 1.0), 0.0)
+        return factor, *(-factor / torch.where(turns, norm.square(), 1.0) for norm in (norm_c, norm_d))
+    inverse = 1.0 / (norm_c + norm_d + 1e-6)
+    slope = torch.where(inverse > 1.0, 0.0, -inverse.square())
+    slopes = (torch.where(norm > 0, slope / torch.where(norm > 0, norm, 1.0), 0.0) for norm in (norm_c, norm_d))
+    return inverse.clamp(max=1.0), *slopes
+
+
 def empty_gradients(
     grad: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None, need_base: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -195,33 +284,62 @@ class _SkinnyProduct(torch.autograd.Function):
 
 class _LowRankInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, a, dropout):
-        ctx.mask_scale = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
+    def forward(ctx, x, a, scaling, dropout, q, weight, value):
+        ctx.scaling, ctx.mask_scale = scaling, 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
         dropped, mask = torch.ops.sora_hw.dropout(x, dropout) if dropout else (x, None)
-        ctx.save_for_backward(dropped, a, mask)
+        own = (scaling * a).to(x.dtype)
+        read = None if value is None else value.to(x.dtype)
+        if read is None:
+            z = _product(dropped, own)
+        elif mask is None:
+            own, read = torch.cat([own, read]), None
+            z = _product(x, own)
+        else:
+            z = torch.cat([_product(dropped, own), _product(x, read)], dim=-1)
+        undropped = None if read is None else x
+        ctx.save_for_backward(dropped, undropped, mask, own, read, a, q, weight)
         ctx.set_materialize_grads(False)
-        return x.view_as(x), _product(dropped, a)
+        return x.view_as(x), z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx, dz):
         if dz is None:
-            return dx, None, None
-        dropped, a, mask = ctx.saved_tensors
-        da = dz.flatten(0, -2).t() @ dropped.reshape(-1, dropped.shape[-1]) if ctx.needs_input_grad[1] else None
+            return dx, None, None, None, None, None, None
+        dropped, undropped, mask, own, read, a, q, weight = ctx.saved_tensors
+        dz = dz.flatten(0, -2)
+        r = a.shape[0]
+        da = dq = dweight = None
+        if ctx.needs_input_grad[1] or q is not None:
+            rows = dropped.reshape(-1, dropped.shape[-1])
+            if read is None:
+                drows = dz.t() @ rows
+                da, dvalue = drows[:r], drows[r:]
+            else:
+                da, dvalue = dz[:, :r].t() @ rows, dz[:, r:].t() @ undropped.reshape(rows.shape)
+            da = da.to(a.dtype).mul_(ctx.scaling)
+            if q is not None:
+                dvalue = dvalue.to(weight.dtype)
+                dq = (dvalue @ weight.t()).to(q.dtype).t()
+                dweight = q.to(weight.dtype) @ dvalue if ctx.needs_input_grad[5] else None
         if ctx.needs_input_grad[0]:
+            shape = dropped.shape
             dx = torch.zeros_like(dropped) if dx is None else dx
+            dx = dx.flatten(0, -2)
+            if read is not None:
+                dx = torch.ops.sora_hw.input_gradient(dx, dz[:, r:], read, None, 1.0)
+                dz = dz[:, :r]
             mask = None if mask is None else mask.flatten(0, -2)
-            whole = torch.ops.sora_hw.input_gradient(dx.flatten(0, -2), dz.flatten(0, -2), a, mask, ctx.mask_scale)
-            dx = whole.view(dx.shape)
-        return dx, da, None
+            dx = torch.ops.sora_hw.input_gradient(dx, dz, own, mask, ctx.mask_scale).view(shape)
+        return dx, da, None, None, dq, dweight, None
 
 
 class _ScaleRankUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, base, scale, z, b, bias, keep):
+        ctx.shapes, ctx.keep = (base.shape, z.shape), keep
+        base, z = base.flatten(0, -2), z.flatten(0, -2)
         y = torch.ops.sora_hw.scale_rank_update(base, scale, z, b, bias)
-        ctx.keep = keep
         # Only the gradient of `scale` needs the base product or the output.
         saved = z if scale is None else y if keep == "output" else base
         # One more tensor for every other way: if a recomputation under gradient checkpointing kept something else than
@@ -234,17 +352,38 @@ class _ScaleRankUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         saved, scale, z, b, bias, *_ = ctx.saved_tensors
+        base_shape, z_shape = ctx.shapes
         need_base = ctx.needs_input_grad[0]
         if ctx.keep == "inputs" and scale is not None:
             saved = torch.ops.sora_hw.scale_rank_update(saved, scale, z, b, bias)
         dbase, dz, db, dscale, dbias = torch.ops.sora_hw.scale_rank_update_backward(
             grad, saved, scale, z, b, bias, ctx.keep == "base", need_base
         )
-        if scale is None:
-            dbase, dscale = grad, None
-        if bias is None:
-            dbias = None
-        return dbase if need_base else None, dscale, dz, db, dbias, None
+        dbase = (grad if scale is None else dbase).view(base_shape) if need_base else None
+        return (
+            dbase,
+            dscale if scale is not None else None,
+            dz.view(z_shape),
+            db,
+            dbias if bias is not None else None,
+            None,
+        )
+
+
+class _TaylorRotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, b, c, e, scale, turns_b, bounded, eps):
+        turned, q_t, sums = torch.ops.sora_hw.taylor_rotation(b, c, e, scale, turns_b, bounded, eps)
+        ctx.save_for_backward(b, c, e, scale, sums)
+        ctx.options = turns_b, bounded, eps
+        return turned, q_t.t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dturned, dq):
+        *inputs, sums = ctx.saved_tensors
+        db, dc, de, dscale = torch.ops.sora_hw.taylor_rotation_backward(dturned, dq.t(), *inputs, sums, *ctx.options)
+        return db, dc, de, None if inputs[3] is None else dscale, None, None, None
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sora_hw.ops import ZERO_NORM_PRODUCT
+
 Rotation = Literal["taylor", "cayley", "exp"]
 RotationScale = Literal["bounded", "reference"]
 ROTATIONS: tuple[str, ...] = get_args(Rotation)
 ROTATION_SCALES: tuple[str, ...] = get_args(RotationScale)
-
-# Below this product of norms a factor counts as zero: J is zero there, and dividing by the product would only
-# magnify rounding errors.
-_ZERO_NORM_PRODUCT = 1e-12
 
 
 def rotation_scale(c: Tensor, e: Tensor, rule: RotationScale, eps: float) -> Tensor:
@@ -48,7 +46,7 @@ def rotation_scale(c: Tensor, e: Tensor, rule: RotationScale, eps: float) -> Ten
         return (1.0 / (norm_c + norm_d + 1e-6)).clamp(max=1.0)
     product = 2.0 * norm_c * norm_d
     # The floor keeps the division, and so its gradient, finite where the other factor makes the result zero.
-    return (product > _ZERO_NORM_PRODUCT) * eps / product.clamp(min=_ZERO_NORM_PRODUCT)
+    return (product > ZERO_NORM_PRODUCT) * eps / product.clamp(min=ZERO_NORM_PRODUCT)
 
 
 def rotation_factors(

@@ -24,6 +24,20 @@ def rotation(c: Tensor, e: Tensor, kind: str, rule: str = "bounded", eps: float 
     return torch.matrix_exp(j)
 
 
+def taylor_coefficients(
+    b: Tensor, c: Tensor, e: Tensor, scale: Tensor | None, turns_b: bool, rule: str, eps: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`[P^T b, V]` or `[b, V]`, and `scale * U`, of the first-order `P = I + U V^T`; the identity for a zero factor."""
+    norm_c, norm_d = torch.linalg.norm(c), torch.linalg.norm(c + e)
+    if rule == "reference":
+        s = torch.clamp(1 / (norm_c + norm_d + 1e-6), max=1.0)
+    else:
+        s = eps / (2 * norm_c * norm_d) if norm_c * norm_d > 0 else torch.zeros_like(norm_c)
+    u, v = torch.cat([e, c], dim=1), s * torch.cat([c, -e], dim=1)
+    turned = b + v @ (u.T @ b) if turns_b else b
+    return torch.cat([turned, v], dim=1), u if scale is None else scale[:, None] * u
+
+
 def transformed(rows: Tensor, place: str, transformation: str, p: dict[str, Tensor], **rotation_kind) -> Tensor:
     """Rows of output features (..., out) after one transformation other than the magnitude."""
     if transformation == "diagonal":

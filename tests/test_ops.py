@@ -75,26 +75,34 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda *a, k=keep: ops.scale_rank_update(*a, keep=k), args)
     x, a = torch.randn(2, 3, 5).double().requires_grad_(), torch.randn(4, 5).double().requires_grad_()
     assert torch.autograd.gradcheck(ops.skinny_product, (x, a))
-    assert torch.autograd.gradcheck(lambda x, a: _used_twice(*ops.low_rank_input(x, a)), (x, a))
+    assert torch.autograd.gradcheck(lambda x, a: _used_twice(*ops.low_rank_input(x, a, 1.5)), (x, a))
+    q, weight = torch.randn(6, 2).double().requires_grad_(), torch.randn(6, 5).double().requires_grad_()
+
+    def probed(x, a, q, weight):
+        # The kept value has no graph: its gradient is that of `q` and `weight` all the same.
+        return _used_twice(*ops.low_rank_input(x, a, 1.5, 0.0, ops.Probe(q, weight, (q.T @ weight).detach())))
+
+    assert torch.autograd.gradcheck(probed, (x, a, q, weight))
 
 
 def _used_twice(x, z):
     return torch.sin(x), z.square()
 
 
+@pytest.mark.parametrize("scaling", [1.0, 2.5])
 @pytest.mark.parametrize("dropout", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_low_rank_input_against_dropout_and_a_product_in_float64(dtype, dropout):
+def test_the_low_rank_input_against_dropout_and_a_product_in_float64(dtype, dropout, scaling):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3, 200, 60, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     a = torch.randn(7, 60, generator=g, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
     a.requires_grad_()
     torch.manual_seed(1)
-    through, z = ops.low_rank_input(x, a, dropout)
+    through, z = ops.low_rank_input(x, a, scaling, dropout)
     torch.manual_seed(1)
     mask = torch.nn.functional.dropout(torch.ones_like(x), dropout).detach().bool().double() / max(1e-9, 1 - dropout)
-    x64, a64 = x.detach().double().requires_grad_(), a.detach().to(dtype).double().requires_grad_()
-    z64 = (x64 * mask) @ a64.T
+    x64, a64 = x.detach().double().requires_grad_(), a.detach().double().requires_grad_()
+    z64 = (x64 * mask) @ _rounded(scaling * a64, dtype).T
     assert torch.equal(through, x) and z.dtype == dtype
     close(z, z64.detach(), dtype, factor=2 if dropout else 1)  # the dropped input is rounded as well
     dx, dz = (torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype) for t in (through, z))
@@ -102,6 +110,41 @@ def test_the_low_rank_input_against_dropout_and_a_product_in_float64(dtype, drop
     wanted = torch.autograd.grad((x64 * 1.0, z64), (x64, a64), (dx.double(), dz.double()))
     close(actual[0], wanted[0], dtype, factor=2)
     close(actual[1], wanted[1], dtype, factor=2)
+
+
+def _rounded(t, dtype):
+    """`t` rounded to a dtype, with the gradient of `t` itself."""
+    return t + (t.detach().to(dtype).double() - t.detach())
+
+
+@pytest.mark.parametrize("trained_weight", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_probe_reads_the_undropped_input_and_passes_gradients_on(dtype, dropout, trained_weight):
+    g = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(3, 200, 60, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    a, q = (torch.randn(*s, generator=g, dtype=torch.float64).to(wide).requires_grad_() for s in ((7, 60), (50, 4)))
+    weight = torch.randn(50, 60, generator=g, dtype=torch.float64).to(dtype).requires_grad_(trained_weight)
+    value = (q.detach().t().to(dtype) @ weight.detach()).detach()
+    torch.manual_seed(1)
+    through, z = ops.low_rank_input(x, a, 2.5, dropout, ops.Probe(q, weight, value))
+    torch.manual_seed(1)
+    mask = torch.nn.functional.dropout(torch.ones_like(x), dropout).detach().bool().double() / (1 - dropout)
+    x64, a64, q64, weight64 = (t.detach().double().requires_grad_() for t in (x, a, q, weight))
+    read = _rounded(q64.T @ weight64, dtype)
+    z64 = torch.cat([(x64 * mask) @ _rounded(2.5 * a64, dtype).T, x64 @ read.T], dim=-1)
+    assert torch.equal(through, x) and z.dtype == dtype
+    close(z, z64.detach(), dtype, factor=2)
+    dx, dz = (torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype) for t in (through, z))
+    leaves, leaves64 = (x, a, q), (x64, a64, q64)
+    if trained_weight:
+        leaves, leaves64 = (*leaves, weight), (*leaves64, weight64)
+    actual = torch.autograd.grad((through, z), leaves, (dx, dz))
+    wanted = torch.autograd.grad((x64 * 1.0, z64), leaves64, (dx.double(), dz.double()))
+    for leaf, pair in zip(leaves, zip(actual, wanted, strict=True), strict=True):
+        assert pair[0].dtype == leaf.dtype and pair[0].shape == leaf.shape
+        close(*pair, dtype, factor=3)  # the gradient of `q^T W0` is rounded before it goes on
 
 
 def test_the_low_rank_input_where_one_side_has_no_gradient():
@@ -114,6 +157,13 @@ def test_the_low_rank_input_where_one_side_has_no_gradient():
     assert torch.equal(torch.autograd.grad(through.sum(), x)[0], torch.ones_like(x))
     through, z = ops.low_rank_input(x, a)
     assert torch.allclose(torch.autograd.grad(z.sum(), x)[0], a.detach().sum(0).expand(5, 6))
+    q, weight = torch.randn(9, 3).requires_grad_(), torch.randn(9, 6)
+    probe = ops.Probe(q, weight, (q.T @ weight).detach())
+    _, z = ops.low_rank_input(x.detach(), a.detach(), 1.0, 0.0, probe)
+    assert torch.allclose(torch.autograd.grad(z[:, 2:].sum(), q)[0], (weight @ x.detach().sum(0))[:, None].expand(9, 3))
+    with torch.no_grad():
+        through, z = ops.low_rank_input(x, a, 1.0, 0.0, probe)
+    assert torch.equal(through, x) and not z.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,8 +200,13 @@ def test_opcheck_of_the_input_gradient_and_the_norm(dtype):
 def test_gradients_of_gradients_are_refused():
     base, c, z, b, bias = inputs(torch.float64)
     x, a = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), (2, 6)))
-    for y in (ops.scale_rank_update(base, c, z, b, bias), ops.skinny_product(x, a), ops.low_rank_input(x, a)[1]):
-        leaf = x if y.shape == (4, 2) else base
+    factor = torch.randn(33, 2, dtype=torch.float64, requires_grad=True)
+    for y, leaf in (
+        (ops.scale_rank_update(base, c, z, b, bias), base),
+        (ops.skinny_product(x, a), x),
+        (ops.low_rank_input(x, a)[1], x),
+        (ops.taylor_rotation(b, factor, factor, c, True, True, 1.0)[0], factor),
+    ):
         (gradient,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()

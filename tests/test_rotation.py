@@ -3,9 +3,12 @@
 import pytest
 import torch
 from dense import rotation as dense_rotation
+from dense import taylor_coefficients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sora_hw import ops
+from sora_hw.conditioning import Conditioning, linear_map
 from sora_hw.rotation import ROTATION_SCALES, ROTATIONS, rotation_factors, rotation_scale
 
 
@@ -93,3 +96,103 @@ def test_near_the_identity_bfloat16_factors_keep_their_digits():
     exact = dense_rotation(c.double(), e.double(), "taylor") - torch.eye(64)
     u, v = rotation_factors(c, e)
     assert torch.linalg.norm((u @ v.T).double() - exact) < 1e-5 * torch.linalg.norm(exact)
+
+
+# float64, and float32 against float64: sums of a few hundred terms
+CLOSE = {torch.float64: 1e-12, torch.float32: 4e-6}
+
+
+def coefficients(dtype, rp, r=5, scaled=True, out=120, seed=0, size=1.0):
+    """Arguments of the operator, as leaves: b, c, e, scale."""
+    g = torch.Generator().manual_seed(seed)
+    b, c, e = (torch.randn(out, n, generator=g, dtype=torch.float64) for n in (r, rp, rp))
+    scale = 0.5 + torch.rand(out, generator=g, dtype=torch.float64) if scaled else None
+    return [None if t is None else t.to(dtype).requires_grad_() for t in (b, size * c, size * e, scale)]
+
+
+def assert_equal_to_the_formula(args, turns_b, rule, eps):
+    """Values, and the gradients by autograd of the plain formula, in float64 from the very values the operator saw."""
+    outputs = ops.taylor_rotation(*args, turns_b, rule == "bounded", eps)
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in args]
+    wanted = taylor_coefficients(*exact, turns_b, rule, eps)
+    incoming = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1), dtype=t.dtype) for t in outputs]
+    leaves, exact = ([t for t in ts if t is not None] for ts in (args, exact))
+    gradients = torch.autograd.grad(outputs, leaves, incoming)
+    exact_gradients = torch.autograd.grad(wanted, exact, [t.double() for t in incoming])
+    for actual, expected in zip((*outputs, *gradients), (*wanted, *exact_gradients), strict=True):
+        assert actual.dtype == args[0].dtype and actual.shape == expected.shape
+        assert torch.linalg.norm(actual.double() - expected) <= CLOSE[actual.dtype] * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("turns_b", [True, False])
+@pytest.mark.parametrize("rule", ROTATION_SCALES)
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("rp", [1, 2, 5, 16])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_the_operator_against_the_formula_in_float64(dtype, rp, scaled, rule, turns_b):
+    # Under `reference` the smallest size is that of a scale held at one.
+    for size in (1.0, 0.01, 30.0):
+        assert_equal_to_the_formula(coefficients(dtype, rp, scaled=scaled, size=size), turns_b, rule, 0.7)
+
+
+def test_the_operator_is_the_dense_rotation():
+    b, c, e, scale = (t.detach() for t in coefficients(torch.float64, 3))
+    for rule in ROTATION_SCALES:
+        turned, q = ops.taylor_rotation(b, c, e, scale, True, rule == "bounded", 0.7)
+        p = dense_rotation(c, e, "taylor", rule, 0.7)
+        assert torch.allclose(turned[:, : b.shape[1]], p.T @ b, atol=1e-12)
+        assert torch.allclose(dense(q / scale[:, None], turned[:, b.shape[1] :]), p, atol=1e-12)
+
+
+@pytest.mark.parametrize("turns_b", [True, False])
+@pytest.mark.parametrize("rule", ROTATION_SCALES)
+@pytest.mark.parametrize("rp", [1, 16])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_zero_factors_turn_nothing_in_the_operator(dtype, rp, rule, turns_b):
+    b, c, e, scale = (t.detach() for t in coefficients(dtype, rp))
+    zero, u_at = torch.zeros_like(c), b.shape[1]
+    for pair in ((zero, e), (c, -c), (zero, zero), (c, zero)):  # C = 0; D = 0; both; D = C, where J = 0
+        args = [t.clone().requires_grad_() for t in (b, *pair, scale)]
+        turned, q = ops.taylor_rotation(*args, turns_b, rule == "bounded", 1.0)
+        p = dense(q / scale[:, None], turned[:, u_at:])
+        assert (p - torch.eye(len(b), dtype=dtype)).abs().max() < 50 * torch.finfo(dtype).eps
+        assert torch.allclose(turned[:, :u_at], b, atol=50 * torch.finfo(dtype).eps)
+        assert_equal_to_the_formula(args, turns_b, rule, 1.0)  # the gradients too, so they are finite
+
+
+@pytest.mark.parametrize("turns_b", [True, False])
+@pytest.mark.parametrize("rule", ROTATION_SCALES)
+def test_gradients_of_the_operator_by_finite_differences(rule, turns_b):
+    for scaled in (True, False):
+        args = coefficients(torch.float64, 2, r=3, scaled=scaled, out=7)
+        assert torch.autograd.gradcheck(ops.taylor_rotation, (*args, turns_b, rule == "bounded", 0.7))
+
+
+@pytest.mark.parametrize("turns_b", [True, False])
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_opcheck(dtype, scaled, bounded, turns_b):
+    b, c, e, scale = (None if t is None else t.detach() for t in coefficients(dtype, 2, scaled=scaled))
+    options = (turns_b, bounded, 0.7)
+    torch.library.opcheck(torch.ops.sora_hw.taylor_rotation, (b, c, e, scale, *options))
+    outputs = torch.ops.sora_hw.taylor_rotation(b, c, e, scale, *options)
+    torch.library.opcheck(
+        torch.ops.sora_hw.taylor_rotation_backward, (*outputs[:2], b, c, e, scale, outputs[2], *options)
+    )
+
+
+@pytest.mark.parametrize("rp", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_parameters_are_turned_in_float32(dtype, rp):
+    b, c, e, delta = (t.detach().to(dtype).requires_grad_() for t in coefficients(torch.float32, rp))
+    parameters = {"B": b, "post_C": c, "post_E": e, "pre_delta": delta, "A": b.new_zeros(5, 8)}
+    linear = linear_map(Conditioning("diagonal", "rotation"), parameters, 1.0)
+    wanted = taylor_coefficients(
+        *(t.detach().double() for t in (b, c, e)), 1 + delta.detach().double(), True, "bounded"
+    )
+    for actual, expected in zip((linear.b, linear.q), wanted, strict=True):
+        assert actual.dtype == torch.float32
+        assert torch.linalg.norm(actual.double() - expected) <= CLOSE[torch.float32] * torch.linalg.norm(expected)
+    for gradient in torch.autograd.grad(linear.b.square().sum() + linear.q.square().sum(), [b, c, e, delta]):
+        assert gradient.dtype == dtype and torch.isfinite(gradient).all()

@@ -1,6 +1,6 @@
 """A training step of a whole model: tokens per second and peak memory of every method, as the paper's Figure 5.
 
-    python kernels/bench/step.py [--device cuda|cpu] [--layers 32] [--micro-batches 1 2 4 8] [--checkpointing]
+    python kernels/bench/step.py [--device cuda|cpu] [--layers 32] [--micro-batches 1 4] [--checkpointing]
                                  [--memory-gib 24] [--json FILE] [--chart FILE]
 
 A Llama of LLaMA3-8B's shape with random weights in bfloat16, sequences of 512 random tokens, adapters on q, k, v, up
@@ -177,7 +177,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=found.type if found else "cpu")
     parser.add_argument("--layers", type=int, help="of the model [32, on a processor 2]")
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rotation-rank", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")

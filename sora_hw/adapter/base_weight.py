@@ -13,6 +13,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from sora_hw.adapter.quantised import check_readable
+from sora_hw.ops import Probe
 
 
 class KeptProduct(NamedTuple):
@@ -91,7 +92,7 @@ class ReadsBaseWeight(BaseTunerLayer):
     def _base_weight(self) -> Iterator[Tensor]:
         """`W0` as (out, in) for reading, gathered where ZeRO-3 has sharded it."""
         if self._is_quantised:
-            check_readable(self, "this")
+            check_readable(self, "a magnitude or a sum of adapters")
             yield self.get_base_weight().detach()
             return
         weight = self.get_base_layer().weight
@@ -117,15 +118,19 @@ class ReadsBaseWeight(BaseTunerLayer):
             self._norm_squared, self._norm_source = row_norm_squared(weight), now
         return self._norm_squared
 
-    def _product_with_base(self, adapter_name: str, q: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-        """`Q^T W0`, (k, in), of an adapter's `q` (out, k), in the dtype of the weight, which must be readable.
+    def _probe(self, adapter_name: str, q: Tensor, parameters: Iterable[Tensor]) -> Probe:
+        """What reads a rotation off the input, of an adapter's `q` (out, k) and the weight, which must be readable.
 
-        It costs a read of the whole weight, so it is kept where it can be known, without waiting for the device, to be
-        the same: on the processor by comparing `q`; elsewhere in the recomputation of a checkpointed forward pass of
-        training, since parameters may not change before its backward pass is over. Versions alone would not tell:
+        `Q^T W0` costs a read of the whole weight, so it is kept where it can be known, without waiting for the device,
+        to be the same: on the processor by comparing `q`; elsewhere in the recomputation of a checkpointed forward pass
+        of training, since parameters may not change before its backward pass is over. Versions alone would not tell:
         DeepSpeed and moving averages write into parameters through `.data`.
         """
         weight = self._stored_weight()
+        with torch.no_grad():
+            return Probe(q, weight, self._product_with_base(adapter_name, q.detach(), weight, parameters))
+
+    def _product_with_base(self, adapter_name: str, q: Tensor, weight: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         unknown = torch.compiler.is_compiling() or weight.requires_grad or not (_has_values(q) and _has_values(weight))
         if unknown or not (q.is_cpu or self.training):
             return q.t().to(weight.dtype) @ weight
@@ -133,26 +138,10 @@ class ReadsBaseWeight(BaseTunerLayer):
         source, states = KeptWeight.of(weight, weight), tensor_states(parameters)
         same = kept is not None and kept.weight.is_same(source) and kept.parameters == states
         if same and (torch.equal(kept.q, q) if q.is_cpu else in_backward()):
-            return _Kept.apply(q, weight, kept.value)
-        product = q.t().to(weight.dtype) @ weight
-        q_kept = q.detach() if q.is_cpu else None
-        self.kept_products[adapter_name] = KeptProduct(product.detach(), source, states, q_kept)
-        return product
-
-
-class _Kept(torch.autograd.Function):
-    """`value = q^T W0` without computing it, with the gradient of `q`."""
-
-    @staticmethod
-    def forward(ctx, q, weight, value):
-        ctx.save_for_backward(weight)
-        ctx.dtype = q.dtype
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (weight,) = ctx.saved_tensors
-        return (weight @ gradient.t()).to(ctx.dtype), None, None
+            return kept.value
+        value = q.t().to(weight.dtype) @ weight
+        self.kept_products[adapter_name] = KeptProduct(value, source, states, q if q.is_cpu else None)
+        return value
 
 
 def tensor_states(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:

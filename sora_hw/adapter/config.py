@@ -106,9 +106,9 @@ class ConditionedConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"{name} needs target_modules as a list of names, not as a regular expression")
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str. Give a list of names.")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform as well")
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     @property
     def conditioning(self) -> Conditioning:
@@ -124,8 +124,8 @@ class ConditionedConfig(PeftConfig):
         """The configuration of the layer of this name: itself, or with the rank and alpha of its patterns."""
         own = {}
         for key, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
-            found = get_pattern_key(pattern, name)
-            if found in pattern:
+            found = get_pattern_key(pattern or (), name)
+            if pattern and found in pattern:
                 own[key] = pattern[found]
         return replace(self, **own) if own else self
 

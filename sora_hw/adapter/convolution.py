@@ -22,6 +22,8 @@ class ConditionedConvolution(ConditionedLinear):
     `Q^T W0`, are filters that every group applies to its own channels; so the forward is that of the merged weight.
     """
 
+    is_linear_layer = False
+
     def _features(self) -> tuple[int, int]:
         base = self.get_base_layer()
         kernel = torch.Size(base.kernel_size).numel()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sora_hw.adapter.config import ConditionedConfig
-from sora_hw.adapter.layer import ConditionedLinear, LowRankPath
+from sora_hw.adapter.layer import ConditionedLinear, LowRankPath, without_autocast
 
 
 class ConditionedEmbedding(ConditionedLinear):
@@ -19,6 +18,7 @@ class ConditionedEmbedding(ConditionedLinear):
     """
 
     sample_dims = 0
+    is_linear_layer = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: ConditionedConfig):
         super().__init__(base_layer, adapter_name, config, fan_in_fan_out=True)
@@ -37,7 +37,7 @@ class ConditionedEmbedding(ConditionedLinear):
 
     def _low_rank_path(self, adapter_name: str, x: Tensor) -> tuple[Tensor, LowRankPath]:
         base, p = self.get_base_layer(), self.adapter_parameters(adapter_name)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             linear = self._linear_map(adapter_name, p)
             scaling = self.scaling[adapter_name]
             if (scale := self._get_embed_scale()) is not None:

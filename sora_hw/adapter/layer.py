@@ -22,8 +22,6 @@ from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, line
 
 PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_C", "post_E", "magnitude")
 
-_NO_DROPOUT = nn.Identity()
-
 
 class LowRankPath(NamedTuple):
     """One adapter between the input and the output of the base layer.
@@ -94,7 +92,6 @@ class ConditionedLinear(nn.Module, Merges):
         self.merged_adapters: list[str] = []
         self.kept_products: dict[str, KeptProduct] = {}
         self.keeping = Keeping()
-        self.starts_from_base: str | None = None
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -182,7 +179,7 @@ class ConditionedLinear(nn.Module, Merges):
     def _start_from_base(self, adapter_name: str, start: str) -> None:
         """Take the principal part out of the base weight and train it: together they are what the weight was.
 
-        The values of an adapter on the meta device are loaded afterwards; the base weight must change all the same.
+        An adapter on the meta device takes no values, they are loaded; the base weight must change all the same.
         """
         if self._is_quantised:
             raise ValueError(f"init_weights={start!r} writes into the base weight, which must not be quantised")
@@ -192,9 +189,8 @@ class ConditionedLinear(nn.Module, Merges):
             whole = weight.to(adapter_dtype(weight.dtype))
             b, a = principal_part(whole, self.r[adapter_name], s, start)
             weight.copy_(whole - s * b @ a)
-        for parameter, value in ((p["A"], a), (p["B"], b)):
-            if not parameter.is_meta:
-                parameter.copy_(value)
+        p["A"].copy_(a)
+        p["B"].copy_(b)
         self._forget_base()
         self.starts_from_base = adapter_name
 
@@ -271,19 +267,14 @@ class ConditionedLinear(nn.Module, Merges):
         p = self.adapter_parameters(adapter_name)
         with without_autocast(x.device.type):
             linear = self._linear_map(adapter_name, p)
-            rows = self.scaling[adapter_name] * p["A"]
-            dropout = self.conditioned_dropout[adapter_name]
             reads_output = linear.q is not None and self._rotation_reads_output(x)
-            if linear.q is None or reads_output:
-                x, z = _product(x, rows, dropout, dtype)
-            else:
-                probe = self._product_with_base(adapter_name, linear.q, p.values())
-                if isinstance(dropout, nn.Identity) or not self.training:
-                    x, z = _product(x, torch.cat([rows.to(probe.dtype), probe]), _NO_DROPOUT, dtype)
-                else:
-                    x, dropped = _product(x, rows, dropout, dtype)
-                    x, turned = _product(x, probe, _NO_DROPOUT, dtype)
-                    z = torch.cat([dropped, turned], dim=-1)
+            reads_input = linear.q is not None and not reads_output
+            probe = self._probe(adapter_name, linear.q, p.values()) if reads_input else None
+            dropout = self.conditioned_dropout[adapter_name]
+            drops = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+            source = x if x.dtype == dtype else x.to(dtype)
+            through, z = ops.low_rank_input(source, p["A"], self.scaling[adapter_name], drops, probe)
+            x = through if source is x else x
             bias = self._missing_bias(adapter_name, linear, reads_output)
         keep = self.keeping.keep(adapter_name, linear.c, p.values())
         return x, LowRankPath(linear, z, bias, reads_output, keep)
@@ -369,14 +360,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """What the base layer multiplies in: autocast's dtype, or that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if _autocasts(device) else x.dtype
-
-
-def _product(x: Tensor, rows: Tensor, dropout: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x` to go on with, and `dropout(x) rows^T` in `dtype`."""
-    if x.dtype != dtype or type(dropout) not in (nn.Dropout, nn.Identity):
-        return x, ops.skinny_product(dropout(x.to(dtype)), rows)
-    drops = isinstance(dropout, nn.Dropout) and dropout.training
-    return ops.low_rank_input(x, rows, dropout.p if drops else 0.0)
 
 
 def _times(c: Tensor | None, t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sora_hw.adapter.base_weight import ReadsBaseWeight, adapter_dtype
 from sora_hw.adapter.quantised import PackedOriginal, check_readable
-from sora_hw.conditioning import conditioned_bias, conditioned_weight
+from sora_hw.conditioning import LinearMap, conditioned_bias, conditioned_weight
 
 
 class _Original(NamedTuple):
@@ -33,6 +33,9 @@ class Merges(ReadsBaseWeight):
 
     It has the adapters (`conditioned_A`, `scaling`, `conditions_bias`) and gives their coefficients (`_linear_map`).
     """
+
+    is_linear_layer = True  # rather than a convolution or an embedding
+    starts_from_base: str | None = None  # the adapter whose start has been taken out of the base weight
 
     _original: _Original | None = None
 
@@ -92,13 +95,16 @@ class Merges(ReadsBaseWeight):
             check_readable(self, "the difference of the weights")
         with torch.no_grad(), self._base_gathered():
             original = self._original or self._live_values()
-            weight, _ = self._conditioned_values(adapter_name, original)
-            delta = weight - self._as_matrix(original.weight).to(weight)
-            return self._as_stored(delta)
+            weight, linear = self._original_and_map(adapter_name, original)
+            # Not as the difference of two weights, which would round away what is small beside them.
+            change = torch.zeros_like(weight[:, 0]) if linear.c is None else linear.c - 1
+            a, scaling = self.adapter_parameters(adapter_name)["A"], self.scaling[adapter_name]
+            return self._as_stored(conditioned_weight(weight, linear._replace(c=change), a, scaling))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's conversion to LoRA works from the difference of the weights, which does not hold the bias."""
-        return not self.conditions_bias[adapter_name] or self._base_bias() is None
+        """PEFT's conversion to LoRA takes the difference of the weights of a linear layer from the model's own base."""
+        holds_all = not self.conditions_bias[adapter_name] or self._base_bias() is None
+        return self.is_linear_layer and holds_all and self.starts_from_base is None
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.conditioned_A]
@@ -137,14 +143,18 @@ class Merges(ReadsBaseWeight):
 
     def _conditioned_values(self, adapter_name: str, original: _Original) -> tuple[Tensor, Tensor | None]:
         """`W'` (out, in) and the bias under one adapter, float32 or wider, on the base layer's device."""
-        p = self.adapter_parameters(adapter_name)
-        weight = self._as_matrix(original.weight).to(p["A"].device, adapter_dtype(original.weight.dtype))
-        linear = self._linear_map(adapter_name, p, weight)
-        bias = original.bias
+        weight, linear = self._original_and_map(adapter_name, original)
+        a, bias = self.adapter_parameters(adapter_name)["A"], original.bias
         if bias is not None:
             bias = bias.to(weight.device, weight.dtype)
             bias = conditioned_bias(bias, linear) if self.conditions_bias[adapter_name] else bias
-        return conditioned_weight(weight, linear, p["A"], self.scaling[adapter_name]), bias
+        return conditioned_weight(weight, linear, a, self.scaling[adapter_name]), bias
+
+    def _original_and_map(self, adapter_name: str, original: _Original) -> tuple[Tensor, LinearMap]:
+        """`W0` (out, in), float32 or wider, on the adapter's device, and the coefficients of the adapter on it."""
+        p = self.adapter_parameters(adapter_name)
+        weight = self._as_matrix(original.weight).to(p["A"].device, adapter_dtype(original.weight.dtype))
+        return weight, self._linear_map(adapter_name, p, weight)
 
     @torch.no_grad()
     def _write_merged(self, names: list[str], original: _Original, safe: bool) -> None:

@@ -25,7 +25,7 @@ from sora_hw.adapter.weighted import check_combinable, combined_config, weighted
 
 
 class ConditionedModel(BaseTuner):
-    """A model whose target layers are `ConditionedLinear`. Made by `peft.get_peft_model`, not by hand.
+    """A model whose target layers are `ConditionedLinear` or one of its kinds. Made by `peft.get_peft_model`.
 
     Raises:
         ValueError: for a target module of a kind that cannot be adapted.
@@ -95,7 +95,7 @@ class ConditionedModel(BaseTuner):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat", **options
     ) -> None:
         """Add the weighted sum of adapters as an adapter of its own (`sora_hw.adapter.weighted`).
 
@@ -103,7 +103,8 @@ class ConditionedModel(BaseTuner):
             adapters: names of the adapters to sum.
             weights: their weights, of any sign.
             adapter_name: name of the sum. It does not train.
-            combination_type: "cat", PEFT's name for the exact sum.
+            combination_type: "cat" or "linear", both the exact sum.
+            options: of PEFT's other ways to combine; as there, they do nothing in these.
 
         Raises:
             ValueError: for an unknown or a known name, or for what has no exact sum.
@@ -112,10 +113,10 @@ class ConditionedModel(BaseTuner):
             raise ValueError(f"Adapter {unknown[0]} does not exist")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} exists already: choose another name or delete it first")
-        configs, weight_of = (
-            {name: self.peft_config[name] for name in adapters},
-            dict(zip(adapters, weights, strict=True)),
-        )
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(weights)} weights do not fit {len(adapters)} adapters: give one for each")
+        configs = {name: self.peft_config[name] for name in adapters}
+        weight_of = dict(zip(adapters, weights, strict=True))
         check_combinable(self.model, configs, combination_type)
         sums = {}
         for name, layer in self.model.named_modules():

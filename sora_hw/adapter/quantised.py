@@ -28,7 +28,6 @@ class PackedOriginal(NamedTuple):
         return cls(layer.base_layer, module, module.weight, dict(vars(module.weight)), state)
 
     def restore(self, layer: BaseTunerLayer) -> None:
-        vars(self.weight).clear()
         vars(self.weight).update(self.attributes)
         layer.base_layer = self.base_layer
         self.module.weight = self.weight

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from sora_hw.adapter.base_weight import adapter_dtype
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.layer import ConditionedLinear
+from sora_hw.adapter.starting import STARTS
+
+EXACT = ("cat", "linear")  # PEFT's names for a sum; there "linear" keeps the rank and is not quite one
 
 
 class WeightedSum(NamedTuple):
@@ -93,8 +96,8 @@ def _union(targets: list[set[str] | str]) -> set[str] | str:
 
 def check_combinable(model: nn.Module, configs: Mapping[str, ConditionedConfig], combination_type: str) -> None:
     """Raises ValueError for what has no exact sum."""
-    if combination_type != "cat":
-        raise ValueError(f'combination_type={combination_type!r} is not exact: only "cat", the exact sum, is supported')
+    if combination_type not in EXACT:
+        raise ValueError(f"combination_type={combination_type!r} is not exact: choose one of {', '.join(EXACT)}")
     heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     if shared := sum(sum(name in head.modules_to_save for name in configs) > 1 for head in heads):
         raise ValueError(
@@ -102,6 +105,8 @@ def check_combinable(model: nn.Module, configs: Mapping[str, ConditionedConfig],
             f"{shared} such instance(s)."
         )
     for name, config in configs.items():
+        if config.init_weights in STARTS:
+            raise ValueError(f"adapter {name} started from the base weight and is the only one beside what that left")
         if config.condition_bias or config.bias != "none" or config.trainable_token_indices:
             raise ValueError(
                 f"adapter {name} changes biases or tokens, which a weighted sum of weights does not hold: "

@@ -74,6 +74,8 @@ def test_every_pair_equals_the_dense_formula(pre, post, dtype):
     for name in ("scale_rank_update", "scale_rank_update_backward", "input_gradient"):
         assert ran[f"sora_hw::{name}"] > 0
     assert ("sora_hw::factored_row_norm" in ran) == (post == "magnitude")
+    for name in ("taylor_rotation", "taylor_rotation_backward"):
+        assert (f"sora_hw::{name}" in ran) == ("rotation" in (pre, post))
 
 
 @pytest.mark.parametrize("rotation", ["cayley", "exp"])
@@ -98,7 +100,7 @@ def test_every_method_trains_with_dropout(method, dtype):
 def test_the_low_rank_input_under_the_mask_that_was_drawn(shape):
     x, a = torch.randn(shape, device=NPU).requires_grad_(), torch.randn(4, 24, device=NPU).requires_grad_()
     torch.manual_seed(5)
-    through, z = ops.low_rank_input(x, a, 0.4)
+    through, z = ops.low_rank_input(x, a, dropout=0.4)
     torch.manual_seed(5)
     dropped, mask = torch.ops.sora_hw.dropout(x.detach(), 0.4)
     assert mask.dtype == torch.bool and mask.shape == x.shape and 0.4 < mask.float().mean() < 0.8
@@ -172,3 +174,9 @@ def test_opcheck(dtype):
     norm_squared = torch.rand(12, device=NPU) + 1
     args = (torch.randn(12, 9, device=NPU, dtype=dtype), norm_squared, c, b.float(), torch.randn(3, 9, device=NPU))
     torch.library.opcheck(torch.ops.sora_hw.factored_row_norm, args)
+    factors = [torch.randn(12, n, device=NPU) for n in (3, 2, 2)]
+    for scale, options in itertools.product((c, None), ((True, True, 1.0), (False, False, 1.0))):
+        torch.library.opcheck(torch.ops.sora_hw.taylor_rotation, (*factors, scale, *options))
+        turned, q_t, sums = torch.ops.sora_hw.taylor_rotation(*factors, scale, *options)
+        args = (turned, q_t, *factors, scale, sums, *options)
+        torch.library.opcheck(torch.ops.sora_hw.taylor_rotation_backward, args)

@@ -1,14 +1,16 @@
 """Convolutions and embeddings under every placement pair, against the dense weight in float64; what is refused."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from dense import output as dense_output
 from dense import weight as dense_weight
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import sora_hw
 from sora_hw.conditioning import POST, PRE, PRESETS
@@ -63,14 +65,9 @@ def test_a_convolution_is_that_of_the_dense_weight(pre, post, kind, condition_bi
     assert_same(model(x), expected, [x, *layer.adapter_parameters("default").values()])
     assert (layer(x[0]) - expected[0]).abs().max() < 1e-11  # without a batch
 
-    before, merged = base.weight.detach().clone(), model(x).detach()
-    for _ in range(100):
-        layer.merge()
-        assert (model(x) - merged).abs().max() < 1e-11
-        layer.unmerge()
-        if kind != "1d":
-            break
-    assert torch.equal(base.weight, before)
+    unmerged = model(x).detach()
+    layer.merge()
+    assert (model(x) - unmerged).abs().max() < 1e-11
 
 
 @pytest.mark.parametrize(("pre", "post"), PAIRS)
@@ -125,11 +122,61 @@ def test_they_start_as_the_base_layer_and_keep_its_dtype(module, method):
         model.unload()
 
 
-def test_autocast_gives_a_convolution_s_dtype():
-    model, _ = adapted(nn.Conv2d(4, 6, 3), "diagonal", "rotation")
+@pytest.mark.parametrize("kind", ["linear", "convolution", "grouped convolution", "embedding"])
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_output_has_the_dtype_of_a_lora_s(dtype, autocast, kind):
+    made = {
+        "linear": lambda: nn.Linear(4, 6),
+        "convolution": lambda: nn.Conv1d(4, 6, 2),
+        "grouped convolution": lambda: nn.Conv1d(4, 6, 2, groups=2),
+        "embedding": lambda: nn.Embedding(4, 6),
+    }[kind]
+    x = torch.tensor([[1, 2, 3]]) if kind == "embedding" else torch.randn(2, 4, 4).to(dtype)
+    lora = LoraConfig(target_modules=["0"], lora_dropout=0.1)
+    reference = get_peft_model(nn.Sequential(made()).to(dtype), lora)
+    for method, dropout, fp32 in itertools.product(("dora", "sora"), (0.0, 0.1), (True, False)):
+        config = sora_hw.ConditionedConfig(method=method, dropout=dropout, target_modules=["0"])
+        model = get_peft_model(nn.Sequential(made()).to(dtype), config, autocast_adapter_dtype=fp32)
+        for training, grad in itertools.product((True, False), (True, False)):
+            context = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
+            with context, torch.set_grad_enabled(grad):
+                assert model.train(training)(x).dtype == reference.train(training)(x).dtype
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.Embedding(9, 6)])
+def test_one_compiled_graph(module):
+    x = torch.arange(8).reshape(2, 4) if isinstance(module, nn.Embedding) else torch.randn(2, 4, 5, 5)
+    model, _ = adapted(module, "diagonal", "rotation")
     model = model.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(torch.randn(2, 4, 5, 5)).dtype == torch.bfloat16
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    eager, graph = (torch.autograd.grad(f(x).square().sum(), trained) for f in (model, compiled))
+    for actual, wanted in zip(graph, eager, strict=True):
+        assert (actual - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize(
+    "module",
+    [nn.Linear(12, 20), Conv1D(20, 12), nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.Embedding(9, 6)],
+    ids=lambda module: str(module),
+)
+def test_a_merge_is_rounded_once_and_taken_back_a_hundred_times(module, method, dtype):
+    config = sora_hw.ConditionedConfig(method=method, init_weights=False, target_modules=["0"])
+    layer = get_peft_model(nn.Sequential(copy.deepcopy(module).to(dtype)), config).base_model.model[0]
+    wide = copy.deepcopy(layer)
+    wide.get_base_layer().float()
+    wide.merge()
+    stored = layer.get_base_layer().weight
+    before = stored.detach().clone()
+    for _ in range(100):
+        layer.merge()
+        assert torch.equal(stored, wide.get_base_layer().weight.to(dtype))
+        layer.unmerge()
+        assert torch.equal(stored, before)
 
 
 @pytest.mark.parametrize("target", ["attention", "attention.out_proj"])

@@ -86,6 +86,7 @@ def test_merging_writes_the_dense_weight_quantised_anew_and_unmerging_restores_e
     assert (values(conditioned) - wanted).abs().mean() < step / 4
     model.merge_adapter()  # nothing more
     model.unmerge_adapter()
+    model.to("cpu")  # which quantises what is not marked as quantised
     assert torch.equal(stored_bytes(conditioned), packed)
     assert torch.equal(model(torch.ones(1, IN).requires_grad_()), unmerged)
 
@@ -114,13 +115,39 @@ def test_a_weight_laid_out_anew_for_the_processor_is_not_merged(bits):
         model.merge_adapter()
 
 
-def test_a_layer_whose_format_gives_no_values_trains_and_is_not_merged():
-    """As GPTQ's: PEFT's backend for it only computes."""
-    torch.manual_seed(0)
-    model = adapted("sora", 8)
-    conditioned = model.base_model.model[0]
-    conditioned.quantization_backend = ForwardOnlyQuantizationBackend("gptq")
-    model(torch.randn(2, IN)).sum().backward()
-    assert conditioned.conditioned_post_C["default"].grad is not None
-    with pytest.raises(ValueError, match="merging needs the values of the base weight, which a gptq layer"):
-        model.merge_adapter()
+class Packed(nn.Module):
+    """As a layer of GPTQ: it computes, its weight is nowhere to be read, and it is no `torch.nn.Linear`."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = IN, OUT
+        self.register_buffer("qweight", torch.randint(-7, 8, (IN, OUT), dtype=torch.int32))
+        self.bias = nn.Parameter(torch.randn(OUT), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.qweight / 64) + self.bias
+
+
+def test_a_layer_that_is_no_linear_and_has_no_weight_trains_and_is_not_merged(monkeypatch):
+    for module in ("layer", "model"):
+        backend = lambda base, **_: ForwardOnlyQuantizationBackend("gptq") if isinstance(base, Packed) else None  # noqa: E731
+        monkeypatch.setattr(f"sora_hw.adapter.{module}.resolve_quantization_backend", backend)
+    for method in METHODS:
+        torch.manual_seed(0)
+        config = sora_hw.ConditionedConfig(method=method, dropout=0.0, init_weights=False, target_modules=["0"])
+        model = get_peft_model(nn.Sequential(Packed()), config)
+        layer = model.base_model.model[0]
+        p, base = layer.adapter_parameters("default"), layer.get_base_layer()
+        x = torch.randn(20, IN)
+        weight = dense_weight((base.qweight / 64).t(), *PRESETS[method], p, 2.0, kind="taylor")
+        expected = x @ weight.t() + base.bias
+        y = model(x)
+        assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
+        y.sum().backward()
+        assert all(value.grad is not None for value in p.values())
+        with pytest.raises(ValueError, match="merging needs the values of the base weight, which a gptq layer"):
+            model.merge_adapter()
+        assert model.unload()[0] is base
+    config = sora_hw.ConditionedConfig(method="dora", target_modules=["0"])
+    with pytest.raises(ValueError, match=r"a magnitude .* needs the values of the base weight, which a gptq layer"):
+        get_peft_model(nn.Sequential(Packed()), config)

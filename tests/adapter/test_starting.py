@@ -26,9 +26,10 @@ def test_base_and_adapter_are_together_what_the_base_was(method, start):
     x = torch.randn(20, 12, dtype=torch.float64)
     with torch.no_grad():
         before = base()[0](x)
-    model = get_peft_model(base(), config(method, start))
+    model = get_peft_model(base(), config(method, start, ["0"]))
     layer = model.base_model.model[0]
     assert (layer(x) - before).abs().max() < 1e-12
+    assert not model.supports_lora_conversion()  # from the base that it would be loaded beside, it is not a difference
     with model.disable_adapter():
         assert (layer(x) - before).abs().max() > 1e-2
 

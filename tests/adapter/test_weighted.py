@@ -73,4 +73,23 @@ def test_what_has_no_exact_sum_is_refused_and_nothing_is_added():
     for words, (names, how) in cases.items():
         with pytest.raises(ValueError, match=words):
             model.add_weighted_adapter(names, [1.0] * len(names), "sum", combination_type=how)
+    with pytest.raises(ValueError, match="2 weights do not fit 1 adapters"):
+        model.add_weighted_adapter(["first"], [1.0, 2.0], "sum")
     assert set(model.peft_config) == {"first", "biased"}
+
+    model = get_peft_model(base(), config("none", "none", init_weights="pissa"), "first")
+    with pytest.raises(ValueError, match="started from the base weight"):
+        model.add_weighted_adapter(["first"], [1.0], "sum")
+    assert set(model.peft_config) == {"first"}
+
+
+def test_an_adapter_less_itself_is_nothing():
+    model = get_peft_model(base(), config("diagonal", "rotation"), "first")
+    model.add_adapter("same", config("diagonal", "rotation"))
+    for layer in model.base_model.model[:2]:
+        for name, value in layer.adapter_parameters("same").items():
+            value.data.copy_(layer.adapter_parameters("first")[name])
+    model.add_weighted_adapter(["first", "same"], [1.0, -1.0], "nothing", combination_type="linear")
+    for layer in model.base_model.model[:2]:
+        assert layer.get_delta_weight("first").abs().max() > 1e-2
+        assert layer.get_delta_weight("nothing").abs().max() < 1e-15

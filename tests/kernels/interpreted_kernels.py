@@ -9,9 +9,11 @@ import os
 
 import pytest
 import torch
+from dense import taylor_coefficients
 
 if os.environ["SORA_HW_INTERPRETED"] == "npu":
     from sora_hw_kernels.npu import launch, verifier
+    from sora_hw_kernels.reference import rotation  # what serves the NPU as well
 
     scale_rank = row_norm = verifier
     # Up to this rank the gradient of `b` comes from the kernel, in float32; beyond it from the vendor's product.
@@ -24,7 +26,7 @@ if os.environ["SORA_HW_INTERPRETED"] == "npu":
         monkeypatch.setattr(launch, "ai_cores", lambda device: 3)
         assert verifier.serving(torch.ones(1, 1)).__name__ == "sora_hw_kernels.npu.scale_rank"
 else:
-    from sora_hw_kernels.cuda import row_norm, scale_rank
+    from sora_hw_kernels.cuda import rotation, row_norm, scale_rank
 
     LARGEST_KERNEL_RANK = scale_rank.LARGEST_ONE_READ_RANK
 
@@ -174,3 +176,51 @@ def test_the_norm_of_a_vanishing_row_is_no_nan():
     weight = -(b @ a)
     norm = row_norm.factored_row_norm(weight, weight.square().sum(1), None, b, a)
     assert torch.isfinite(norm).all() and norm.max() < 1e-2
+
+
+def coefficients(out, r, rp, scaled, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    b, c, e = (torch.randn(out, n, generator=g) for n in (r, rp, rp))
+    return b, c, e, 0.5 + torch.rand(out, generator=g) if scaled else None
+
+
+def assert_equal_to_the_formula(args, turns_b, rule):
+    """Values and gradients, against autograd of the plain formula in float64."""
+    options = (turns_b, rule == "bounded", 0.7)
+    turned, q_t, sums = rotation.forward(*args, *options)
+    g = torch.Generator().manual_seed(1)
+    dturned, dq_t = (torch.randn(t.shape, generator=g) for t in (turned, q_t))
+    gradients = rotation.backward(dturned, dq_t, *args, sums, *options)
+    leaves = [None if t is None else t.double().requires_grad_() for t in args]
+    wanted = taylor_coefficients(*leaves, turns_b, rule, 0.7)
+    given = [t for t in leaves if t is not None]
+    wanted_gradients = torch.autograd.grad(wanted, given, [dturned.double(), dq_t.t().double()])
+    for actual, expected in zip(
+        (turned, q_t.t(), *gradients), (*wanted, *wanted_gradients), strict=args[3] is not None
+    ):
+        # Terms of about one may cancel: of one element, all of the gradients of C and E do.
+        assert torch.linalg.norm(actual.double() - expected) <= 4e-6 * torch.linalg.norm(expected).clamp(min=1)
+    assert args[3] is not None or gradients[3].numel() == 0
+
+
+@pytest.mark.parametrize("turns_b", [True, False])
+@pytest.mark.parametrize("rule", ["bounded", "reference"])
+@pytest.mark.parametrize("scaled", [True, False])
+# (out, r, rp): whole tiles; ragged; one element; more rows than the sums take at once; R of every tile, and above
+@pytest.mark.parametrize(
+    "shape", [(256, 16, 1), (70, 18, 3), (1, 1, 1), (2100, 5, 1), (50, 48, 3), (33, 100, 2), (20, 150, 1)]
+)
+def test_the_rotation(shape, scaled, rule, turns_b):
+    assert_equal_to_the_formula(coefficients(*shape, scaled), turns_b, rule)
+
+
+@pytest.mark.parametrize("turns_b", [True, False])
+@pytest.mark.parametrize("rule", ["bounded", "reference"])
+def test_zero_factors_turn_nothing(rule, turns_b):
+    b, c, e, scale = coefficients(70, 5, 2, True)
+    zero = torch.zeros_like(c)
+    for pair in ((zero, e), (c, -c), (zero, zero), (c, zero)):  # C = 0; D = 0; both; D = C
+        turned, q_t, _ = rotation.forward(b, *pair, scale, turns_b, rule == "bounded", 1.0)
+        assert (turned[:, :5] - b).abs().max() < 1e-5
+        assert (q_t.t() @ turned[:, 5:].t()).abs().max() < 1e-5
+        assert_equal_to_the_formula((b, *pair, scale), turns_b, rule)

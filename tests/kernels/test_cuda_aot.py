@@ -1,6 +1,7 @@
 """Every CUDA kernel compiled ahead of time, without a GPU, for the RTX 4090 (sm_89) and the H100 / H200 (sm_90).
 
-Held to what makes or breaks a kernel there: it compiles, it fits into shared memory, nothing spills from registers.
+Held to what makes or breaks a kernel there: it compiles, it fits into shared memory, nothing spills from registers, but
+for what a measurement allows.
 """
 
 import re
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from sora_hw_kernels.cuda import row_norm, scale_rank  # noqa: E402
+from sora_hw_kernels.cuda import rotation, row_norm, scale_rank  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -23,14 +24,37 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FLAGS = {
     scale_rank.forward_kernel: ("HAS_SCALE", "HAS_BIAS", "HAS_MASK"),
     scale_rank.backward_kernel: ("HAS_RANK", "HAS_SCALE", "NEED_BASE", "SUBTRACT_BIAS", "SUM_GRAD"),
+    scale_rank.sums_kernel: ("HAS_RANK", "HAS_SCALE", "SUBTRACT_RANK", "SUM_GRAD"),
     row_norm.row_norm_kernel: ("HAS_SCALE",),
+    rotation.forward_sums_kernel: ("TURNS_B",),
+    rotation.forward_kernel: ("TURNS_B", "HAS_SCALE", "BOUNDED"),
+    rotation.backward_sums_kernel: ("TURNS_B",),
+    rotation.backward_kernel: ("TURNS_B", "HAS_SCALE", "BOUNDED"),
+}
+# Bytes a thread that may spill. On half rows the backward kernel's tile was the fastest of those measured on an H100
+# although it spills a little (kernels/bench/RESULTS.md).
+SPILLED_BYTES = {(scale_rank.backward_kernel, dtype): 192 for dtype in (torch.bfloat16, torch.float16)}
+# What a launch passes None for where the flag is off: the compiler refuses a load from it.
+ABSENT = {
+    "HAS_RANK": ("dz_parts", "db_parts"),
+    "HAS_SCALE": ("scale", "product_parts"),
+    "HAS_BIAS": ("bias",),
+    "SUM_GRAD": ("bias", "grad_parts"),
+    "HAS_MASK": ("mask",),
 }
 # Tensors in the dtype of the rows; every other tensor is in float32.
-ROWS = {"base", "z", "y", "grad", "saved", "dbase", "weight"}
+ROWS = {"base", "z", "y", "grad", "saved", "dz", "dbase", "weight"}
 # Arguments that are one in every launch, and so constants to Triton.
 ONES = ("STEPS", "a_stride_i")
 # Sizes and strides that are multiples of 16 in most launches.
 ALIGNED = ("OUT", "IN", "a_stride_r", "base_stride", "grad_stride", "saved_stride")
+
+
+def label(kernel, dtype, tiles, constants, fixed):
+    flags = [f"{name}={value}" for name, value in fixed.items()]
+    return "-".join(
+        [kernel.fn.__module__.rpartition(".")[2], kernel.fn.__name__, NAMES[dtype], f"rank{tiles.rank}", *flags]
+    )
 
 
 def tile_constants(tiles, *names):
@@ -46,9 +70,21 @@ def cases():
             constants = tile_constants(tiles, "TILE_N", "TILE_O", "TILE_R")
             yield scale_rank.backward_kernel, dtype, tiles, constants, {"HAS_RANK": True}
         yield scale_rank.backward_kernel, dtype, tiles, constants, {"HAS_RANK": False}
+        for rank, with_rank in ((16, True), (32, True), (32, False)):
+            tiles = scale_rank.Tiles(rows=scale_rank.SUMS_TILE, features=0, rank=rank, warps=4)
+            yield scale_rank.sums_kernel, dtype, tiles, {"TILE": tiles.rows, "TILE_R": rank}, {"HAS_RANK": with_rank}
         for rank in (16, 32, 64, 128):
             tiles = row_norm.row_norm_tiles(rank, dtype)
             yield row_norm.row_norm_kernel, dtype, tiles, tile_constants(tiles, "TILE_O", "TILE_I", "TILE_R"), {}
+    for rank in (1, 32, 64, rotation.LARGEST_RANK):
+        for kernels, of_rank, parts in (
+            ((rotation.forward_sums_kernel, rotation.backward_sums_kernel), rotation.sums_tiles(rank), {}),
+            ((rotation.forward_kernel, rotation.backward_kernel), rotation.tiles(rank), {"PARTS": rotation.PARTS}),
+        ):
+            warps = of_rank.pop("warps")
+            tiles = scale_rank.Tiles(rows=of_rank["TILE_O"], features=0, rank=of_rank["TILE_R"], warps=warps)
+            for kernel in kernels:
+                yield kernel, torch.float32, tiles, of_rank | parts, {}
 
 
 def compiled(kernel, dtype, tiles, constants, arch):
@@ -59,12 +95,14 @@ def compiled(kernel, dtype, tiles, constants, arch):
             return f"*{NAMES[dtype]}"
         if name == "mask":
             return "*i1"
-        if name == "mask_scale":
+        if name in ("mask_scale", "eps"):
             return "fp32"
         sizes = name.isupper() or "stride" in name
         return "i32" if sizes else "*fp32"
 
     constants = constants | {name: 1 for name in ONES if name in kernel.arg_names}
+    absent = [name for flag, names in ABSENT.items() if constants.get(flag) is False for name in names]
+    constants |= {name: None for name in absent if name in kernel.arg_names}
     # As the launch sees them on aligned tensors: pointers and row strides divisible by 16.
     aligned = [(index,) for index, name in enumerate(kernel.arg_names) if kind(name).startswith("*") or name in ALIGNED]
     source = ASTSource(
@@ -90,14 +128,16 @@ def resources(binary, folder):
 @pytest.mark.parametrize("everything", [True, False], ids=["all-options", "no-option"])
 @pytest.mark.parametrize(
     ("kernel", "dtype", "tiles", "constants", "fixed"),
-    [pytest.param(*case, id=f"{case[0].fn.__name__}-{NAMES[case[1]]}-rank{case[2].rank}{case[4]}") for case in cases()],
+    [pytest.param(*case, id=label(*case)) for case in cases()],
 )
 def test_fits_and_spills_nothing(kernel, dtype, tiles, constants, fixed, everything, arch, tmp_path):
     constants = constants | dict.fromkeys(FLAGS[kernel], everything) | fixed
-    binary = compiled(kernel, dtype, tiles, constants | {"PRECISION": scale_rank.precision(dtype)}, arch)
+    if "PRECISION" in kernel.arg_names:
+        constants["PRECISION"] = scale_rank.precision(dtype)
+    binary = compiled(kernel, dtype, tiles, constants, arch)
     registers, stack = resources(binary, tmp_path)
     assert binary.metadata.shared <= SHARED_BYTES
-    assert stack == 0
+    assert stack <= SPILLED_BYTES.get((kernel, dtype), 0)
     assert registers * 32 * tiles.warps <= 65536  # at least one program a multiprocessor
 
 

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from dense import taylor_coefficients
 from peft import get_peft_model
 from torch import nn
 
@@ -60,23 +61,76 @@ def test_values_and_gradients_against_float64(dtype, shape, scale, bias, keep, s
         close(actual, wanted, dtype, factor=3 if leaf is args[1] and keep != "base" else 1)
 
 
+@pytest.mark.parametrize("probed", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_low_rank_input(dtype, dropout):
+def test_the_low_rank_input(dtype, dropout, probed):
     x = torch.randn(3, 200, 600, device=DEVICE).to(dtype).requires_grad_()
-    a = torch.randn(18, 600, device=DEVICE).requires_grad_()
+    a, q = torch.randn(18, 600, device=DEVICE).requires_grad_(), torch.randn(256, 4, device=DEVICE).requires_grad_()
+    weight = torch.randn(256, 600, device=DEVICE).to(dtype)
+    value = (q.t().to(dtype) @ weight).detach()
+    probe = ops.Probe(q, weight, value) if probed else None
     torch.manual_seed(1)
-    through, z = ops.low_rank_input(x, a, dropout)
+    through, z = ops.low_rank_input(x, a, 2.0, dropout, probe)
     torch.manual_seed(1)
     mask = torch.native_dropout(torch.ones_like(x), dropout, True)[1].double() / (1 - dropout) if dropout else 1.0
     x64, a64 = x.detach().double().requires_grad_(), a.detach().to(dtype).double().requires_grad_()
-    z64 = (x64 * mask) @ a64.T
+    z64 = 2 * (x64 * mask) @ a64.T
+    leaves, leaves64 = [x, a], [x64, a64]
+    if probed:
+        q64 = q.detach().double().requires_grad_()
+        read = q64.T @ weight.double()
+        z64 = torch.cat([z64, x64 @ (read + (value.double() - read).detach()).T], dim=-1)
+        leaves, leaves64 = [*leaves, q], [*leaves64, q64]
     close(z, z64.detach(), dtype, factor=2)
     dx, dz = torch.randn_like(through), torch.randn_like(z)
-    actual = torch.autograd.grad((through, z), (x, a), (dx, dz))
-    wanted = torch.autograd.grad((x64 * 1.0, z64), (x64, a64), (dx.double(), dz.double()))
+    actual = torch.autograd.grad((through, z), leaves, (dx, dz))
+    wanted = torch.autograd.grad((x64 * 1.0, z64), leaves64, (dx.double(), dz.double()))
     for pair in zip(actual, wanted, strict=True):
-        close(*pair, dtype, factor=2)
+        close(*pair, dtype, factor=3 if probed else 2)  # the gradient of `q^T W0` is rounded before it goes on
+
+
+def coefficients(out, r, rp, scaled):
+    g = torch.Generator().manual_seed(0)
+    b, c, e = (torch.randn(out, n, generator=g).to(DEVICE) for n in (r, rp, rp))
+    return b, c, e, (0.5 + torch.rand(out, generator=g)).to(DEVICE) if scaled else None
+
+
+def assert_rotated_as_the_formula_says(args, turns_b, rule):
+    """Values and gradients, against autograd of the plain formula in float64."""
+    leaves = [None if t is None else t.clone().requires_grad_() for t in args]
+    exact = [None if t is None else t.double().requires_grad_() for t in args]
+    outputs = ops.taylor_rotation(*leaves, turns_b, rule == "bounded", 0.7)
+    wanted = taylor_coefficients(*exact, turns_b, rule, 0.7)
+    g = torch.Generator().manual_seed(1)
+    incoming = [torch.randn(t.shape, generator=g).to(DEVICE) for t in outputs]
+    leaves, exact = ([t for t in ts if t is not None] for ts in (leaves, exact))
+    gradients = torch.autograd.grad(outputs, leaves, incoming)
+    exact_gradients = torch.autograd.grad(wanted, exact, [t.double() for t in incoming])
+    for actual, expected in zip((*outputs, *gradients), (*wanted, *exact_gradients), strict=True):
+        # Terms of about one may cancel: of one element, all of the gradients of C and E do.
+        assert torch.linalg.norm(actual.double() - expected) <= 4e-6 * torch.linalg.norm(expected).clamp(min=1)
+
+
+@pytest.mark.parametrize("turns_b", [True, False])
+@pytest.mark.parametrize("rule", ["bounded", "reference"])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(4096, 16, 1), (14336, 16, 16), (70, 18, 3), (1, 1, 1), (1024, 64, 16), (300, 100, 2), (200, 150, 1)]
+)
+def test_the_rotation_against_float64(shape, scaled, rule, turns_b):
+    assert_rotated_as_the_formula_says(coefficients(*shape, scaled), turns_b, rule)
+
+
+@pytest.mark.parametrize("turns_b", [True, False])
+@pytest.mark.parametrize("rule", ["bounded", "reference"])
+def test_zero_factors_turn_nothing(rule, turns_b):
+    b, c, e, scale = coefficients(70, 5, 2, True)
+    zero = torch.zeros_like(c)
+    for pair in ((zero, e), (c, -c), (zero, zero), (c, zero)):  # C = 0; D = 0; both; D = C
+        turned, q = ops.taylor_rotation(b, *pair, scale, turns_b, rule == "bounded", 0.7)
+        assert (turned[:, :5] - b).abs().max() < 1e-5 and (q @ turned[:, 5:].t()).abs().max() < 1e-5
+        assert_rotated_as_the_formula_says((b, *pair, scale), turns_b, rule)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -89,6 +143,14 @@ def test_opcheck(dtype):
     mask = (torch.rand(70, 64) > 0.5).to(DEVICE)
     on = [t.to(DEVICE, dtype) for t in (grad, dz, a)]
     torch.library.opcheck(torch.ops.sora_hw.input_gradient, (*on, mask, 2.0))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_opcheck_of_the_rotation(scaled):
+    args, options = coefficients(70, 18, 3, scaled), (True, True, 0.7)
+    torch.library.opcheck(torch.ops.sora_hw.taylor_rotation, (*args, *options))
+    turned, q_t, sums = torch.ops.sora_hw.taylor_rotation(*args, *options)
+    torch.library.opcheck(torch.ops.sora_hw.taylor_rotation_backward, (turned, q_t, *args, sums, *options))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -123,7 +123,14 @@ def test_the_kernels_can_be_switched_off(monkeypatch, asked_anew):
     assert describe_with(monkeypatch) == "composition of torch_npu operators (SORA_HW_NPU_KERNELS=0)"
 
 
-OPERATORS = ("scale_rank_update", "scale_rank_update_backward", "input_gradient", "factored_row_norm")
+OPERATORS = (
+    "scale_rank_update",
+    "scale_rank_update_backward",
+    "input_gradient",
+    "factored_row_norm",
+    "taylor_rotation",
+    "taylor_rotation_backward",
+)
 # As it is on an NPU, where torch imports torch_npu, which renames the key, before anything of ours is imported.
 PROGRAM = f"""
 import sys, torch

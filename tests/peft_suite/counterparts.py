@@ -38,6 +38,7 @@ _LORA_DEFAULTS = {"r": 8, "alpha": 8, "dropout": 0.0}
 # Rows of PEFT's lists that have no counterpart, by the keyword that says so.
 WITHOUT_COUNTERPART = {
     "alora_invocation_tokens": "a variant of LoRA (activated LoRA)",
+    "layer_replication": "LoRA's way to repeat layers",
     "kasa_config": "a variant of LoRA (KaSA)",
     "lora_bias": "a bias of LoRA's B; the framework conditions weights",
     "monteclora_config": "a variant of LoRA (MonteCLoRA)",
@@ -101,7 +102,17 @@ def class_of(method: str) -> type[ConditionedConfig]:
     def __init__(self, *args, **keywords):
         ConditionedConfig.__init__(self, *args, **{"method": method, **keywords})
 
-    return type(f"Conditioned_{method}", (ConditionedConfig,), {"__init__": __init__})
+    return type(f"Conditioned_{method}", (ConditionedConfig,), {"__init__": __init__, "preset": method})
+
+
+class LikeDora(dict):
+    """Keywords of a row for which PEFT's tests should take the learning rate that they take for DoRA.
+
+    Theirs for LoRA is too large for what scales the output features, and too small for the model `EmbConv1D`.
+    """
+
+    def get(self, key, default=None):
+        return True if key == "use_dora" else super().get(key, default)
 
 
 class _StandIn(type):

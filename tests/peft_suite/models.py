@@ -68,6 +68,7 @@ def _models() -> dict[str, tuple[type, object]]:
         decoder_attention_heads=4,
         encoder_ffn_dim=4,
         decoder_ffn_dim=4,
+        init_std=0.2,
         max_position_embeddings=128,
         decoder_start_token_id=2,
         forced_eos_token_id=2,

@@ -1,16 +1,18 @@
 """The norm of the rows of a scaled weight plus a low-rank update: one read of the weight, and nothing of its size."""
 
+from functools import cache
+
 import torch
-import triton
 from torch import Tensor
 
-from sora_hw_kernels.cuda.launch import Tiles, on_device_of
-from sora_hw_kernels.cuda.scale_rank import precision
+from sora_hw_kernels.cuda.launch import Tiles, launch
+from sora_hw_kernels.cuda.scale_rank import STEPS, precision
 from sora_hw_kernels.reference import row_norm as reference
 from sora_hw_kernels.triton_kernels.inputs import RANK_TILES, rank_tile, taken
 from sora_hw_kernels.triton_kernels.row_norm import row_norm_kernel
 
 
+@cache
 def row_norm_tiles(rank: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the kernel: `rows` of the weight, few, so that a small one fills the card; `features` of its inputs."""
     tile = rank_tile(rank, largest=RANK_TILES[-1])
@@ -28,27 +30,28 @@ def factored_row_norm(weight: Tensor, norm_squared: Tensor, scale: Tensor | None
     a, b = a.contiguous(), b.contiguous()
     norm = torch.empty_like(norm_squared)
     tiles = row_norm_tiles(rank, weight.dtype)
-    with on_device_of(weight):
-        row_norm_kernel[(triton.cdiv(features, tiles.rows),)](
-            weight,
-            norm_squared,
-            scale,
-            b,
-            a,
-            b @ (a @ a.t()),
-            norm,
-            features,
-            inputs,
-            rank,
-            *weight.stride(),
-            *a.stride(),
-            STEPS=1,
-            HAS_SCALE=scale is not None,
-            PRECISION=precision(weight.dtype),
-            TILE_O=tiles.rows,
-            TILE_I=tiles.features,
-            TILE_R=tiles.rank,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+    launch(
+        row_norm_kernel,
+        -(-features // tiles.rows),
+        weight,
+        norm_squared,
+        scale,
+        b,
+        a,
+        b @ (a @ a.t()),
+        norm,
+        features,
+        inputs,
+        rank,
+        *weight.stride(),
+        *a.stride(),
+        STEPS,
+        HAS_SCALE=scale is not None,
+        PRECISION=precision(weight.dtype),
+        TILE_O=tiles.rows,
+        TILE_I=tiles.features,
+        TILE_R=tiles.rank,
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )
     return norm

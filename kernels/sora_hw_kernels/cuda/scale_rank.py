@@ -5,35 +5,43 @@ gradient once for everything that needs it: the gradients of `base`, `z`, `b`, `
 over features go through buffers of partial sums that are added up in a fixed order, so that results repeat bit for bit.
 """
 
+from functools import cache
+
 import torch
-import triton
 from torch import Tensor
 
 from sora_hw.ops import empty_gradients
-from sora_hw_kernels.cuda.launch import Tiles, on_device_of
+from sora_hw_kernels.cuda.launch import Tiles, launch
 from sora_hw_kernels.reference import scale_rank as reference
 from sora_hw_kernels.triton_kernels.inputs import rank_tile, taken, with_unit_columns
-from sora_hw_kernels.triton_kernels.scale_rank import backward_kernel, forward_kernel
+from sora_hw_kernels.triton_kernels.scale_rank import backward_kernel, forward_kernel, sums_kernel
 
 # Up to this rank one read of the gradient gives every sum. Beyond it the partial sums of `dz`, 4 R / 256 bytes beside
 # the 2 of each element of the gradient, written and read, cost more than the vendor's products, which read it again.
 LARGEST_ONE_READ_RANK = 32
-# Programs of one backward launch, two for each of the 128 or 132 multiprocessors of an RTX 4090 or an H200: every chunk
+# Programs of one backward launch, one for each of the 128 or 132 multiprocessors of an RTX 4090 or an H100: every chunk
 # of rows adds partial sums of `db`, so there should be no more of them than keep the card busy.
-_BACKWARD_PROGRAMS = 256
+_BACKWARD_PROGRAMS = 132
+# The kernels walk over several tiles on devices that start a program a core; here each takes one.
+STEPS = 1
+# Rows, or features, whose partial sums one program adds up.
+SUMS_TILE = 16
 
 
+@cache
 def forward_tiles(rank: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the forward kernel; larger ranks are walked through in tiles of 32."""
-    return Tiles(rows=32 if dtype == torch.float32 else 64, features=128, rank=rank_tile(rank, largest=32), warps=8)
+    rows, warps = (32, 8) if dtype == torch.float32 else (64, 4)
+    return Tiles(rows=rows, features=128, rank=rank_tile(rank, largest=32), warps=warps)
 
 
+@cache
 def backward_tiles(rank: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of the backward kernel: for half rows wide, since every tile of features adds a partial sum of `dz`."""
+    """Tiles of the backward kernel: for half rows large, since every tile of features adds a partial sum of `dz`."""
     tile = rank_tile(rank, largest=LARGEST_ONE_READ_RANK)
     if dtype == torch.float32:
         return Tiles(rows=16, features=64, rank=tile, warps=8)
-    return Tiles(rows=32, features=256, rank=tile, warps=8)
+    return Tiles(rows=64, features=128, rank=tile, warps=4)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -74,34 +82,34 @@ def _update(
     if y.numel() == 0:
         return y
     tiles = forward_tiles(rank, base.dtype)
-    grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(features, tiles.features),)
-    with on_device_of(base):
-        forward_kernel[grid](
-            base,
-            scale,
-            z,
-            b,
-            bias,
-            mask,
-            y,
-            mask_scale,
-            rows,
-            features,
-            rank,
-            base.stride(0),
-            *z.stride(),
-            *b.stride(),
-            STEPS=1,
-            HAS_SCALE=scale is not None,
-            HAS_BIAS=bias is not None,
-            HAS_MASK=mask is not None,
-            PRECISION=precision(base.dtype),
-            TILE_N=tiles.rows,
-            TILE_O=tiles.features,
-            TILE_R=tiles.rank,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+    launch(
+        forward_kernel,
+        -(-rows // tiles.rows) * -(-features // tiles.features),
+        base,
+        scale,
+        z,
+        b,
+        bias,
+        mask,
+        y,
+        mask_scale,
+        rows,
+        features,
+        rank,
+        base.stride(0),
+        *z.stride(),
+        *b.stride(),
+        STEPS,
+        HAS_SCALE=scale is not None,
+        HAS_BIAS=bias is not None,
+        HAS_MASK=mask is not None,
+        PRECISION=precision(base.dtype),
+        TILE_N=tiles.rows,
+        TILE_O=tiles.features,
+        TILE_R=tiles.rank,
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )
     return y
 
 
@@ -119,27 +127,18 @@ def backward(
     if not taken(grad, scale, bias, b) or z.dtype != grad.dtype:
         return reference.backward(grad, saved, scale, z, b, bias, saved_base, need_base)
     grad, saved, scale, b, bias = (None if t is None else with_unit_columns(t) for t in (grad, saved, scale, b, bias))
-    dbase, dz, db, dscale, dbias = gradients = empty_gradients(grad, scale, z, b, bias, need_base)
+    _, dz, db, _, _ = gradients = empty_gradients(grad, scale, z, b, bias, need_base)
     if grad.numel() == 0:
         for gradient in gradients:
             gradient.zero_()
         return gradients
 
     in_one_read = z.shape[1] <= LARGEST_ONE_READ_RANK
-    if in_one_read or scale is not None or bias is not None:
-        dz_sum, db_sum, products, grads = _sums(
-            grad, saved, scale, z, b, bias, dbase, saved_base, need_base, in_one_read
-        )
-    if in_one_read:
-        dz.copy_(dz_sum)
-        db.copy_(db_sum)
-    else:
+    if not in_one_read:
         torch.mm(grad, b.to(grad.dtype), out=dz)
         db.copy_(grad.t() @ z)
-    if bias is not None:
-        dbias.copy_(grads)
-    if scale is not None:
-        dscale.copy_(products if saved_base else (products - (b * db).sum(1)) / scale)
+    if in_one_read or scale is not None or bias is not None:
+        _sums(grad, saved, scale, z, b, bias, gradients, saved_base, need_base, in_one_read)
     return gradients
 
 
@@ -150,18 +149,19 @@ def _sums(
     z: Tensor,
     b: Tensor,
     bias: Tensor | None,
-    dbase: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     saved_base: bool,
     need_base: bool,
     with_rank: bool,
-) -> tuple[Tensor | None, ...]:
-    """`dz`, `db`, `colsum(grad * saved)` and `colsum(grad)` in float32, each where it is wanted; fills `dbase`."""
+) -> None:
+    """Fills `gradients` from one read of the gradient; those of `z` and `b` only `with_rank`."""
+    dbase, dz, db, dscale, dbias = gradients
     (rows, features), rank = grad.shape, z.shape[1]
     tiles = backward_tiles(rank, grad.dtype)
-    tiles_o = triton.cdiv(features, tiles.features)
-    steps = triton.cdiv(triton.cdiv(rows, tiles.rows), triton.cdiv(_BACKWARD_PROGRAMS, tiles_o))
-    chunk = steps * tiles.rows
-    chunks = triton.cdiv(rows, chunk)
+    tiles_o = -(-features // tiles.features)
+    row_tiles = -(-rows // tiles.rows)
+    chunk = tiles.rows * -(-row_tiles // -(-_BACKWARD_PROGRAMS // tiles_o))
+    chunks = -(-rows // chunk)
     parts = [
         torch.empty(shape, dtype=torch.float32, device=grad.device) if wanted else None
         for wanted, shape in (
@@ -171,34 +171,60 @@ def _sums(
             (bias is not None, (chunks, features)),
         )
     ]
-    with on_device_of(grad):
-        backward_kernel[(tiles_o * chunks,)](
-            grad,
-            saved,
-            scale,
-            z,
-            b,
-            bias,
-            dbase,
-            *parts,
-            rows,
-            features,
-            rank,
-            chunk,
-            grad.stride(0),
-            saved.stride(0),
-            *z.stride(),
-            STEPS=1,
-            HAS_RANK=with_rank,
-            HAS_SCALE=scale is not None,
-            NEED_BASE=need_base,
-            SUBTRACT_BIAS=bias is not None and not saved_base,
-            SUM_GRAD=bias is not None,
-            PRECISION=precision(grad.dtype),
-            TILE_N=tiles.rows,
-            TILE_O=tiles.features,
-            TILE_R=tiles.rank,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-    return tuple(None if part is None else part.sum(0) for part in parts)
+    launch(
+        backward_kernel,
+        tiles_o * chunks,
+        grad,
+        saved,
+        scale,
+        z,
+        b,
+        bias,
+        dbase,
+        *parts,
+        rows,
+        features,
+        rank,
+        chunk,
+        grad.stride(0),
+        saved.stride(0),
+        *z.stride(),
+        STEPS,
+        HAS_RANK=with_rank,
+        HAS_SCALE=scale is not None,
+        NEED_BASE=need_base,
+        SUBTRACT_BIAS=bias is not None and not saved_base,
+        SUM_GRAD=bias is not None,
+        PRECISION=precision(grad.dtype),
+        TILE_N=tiles.rows,
+        TILE_O=tiles.features,
+        TILE_R=tiles.rank,
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )
+    row_programs = -(-rows // SUMS_TILE) if with_rank else 0
+    launch(
+        sums_kernel,
+        row_programs + -(-features // SUMS_TILE),
+        dz,
+        db,
+        dscale,
+        dbias,
+        *parts,
+        scale,
+        b,
+        rows,
+        features,
+        rank,
+        tiles_o,
+        chunks,
+        row_programs,
+        *dz.stride(),
+        HAS_RANK=with_rank,
+        HAS_SCALE=scale is not None,
+        SUBTRACT_RANK=not saved_base,
+        SUM_GRAD=bias is not None,
+        TILE=SUMS_TILE,
+        TILE_R=tiles.rank,
+        warps=4,
+    )

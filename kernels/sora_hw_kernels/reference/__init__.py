@@ -8,13 +8,15 @@ import os
 
 import torch
 
-from sora_hw_kernels.reference import row_norm, scale_rank
+from sora_hw_kernels.reference import rotation, row_norm, scale_rank
 
 _IMPLEMENTATIONS = {
     "sora_hw::scale_rank_update": scale_rank.forward,
     "sora_hw::scale_rank_update_backward": scale_rank.backward,
     "sora_hw::input_gradient": scale_rank.input_gradient,
     "sora_hw::factored_row_norm": row_norm.factored_row_norm,
+    "sora_hw::taylor_rotation": rotation.forward,
+    "sora_hw::taylor_rotation_backward": rotation.backward,
 }
 
 for name, implementation in _IMPLEMENTATIONS.items():

@@ -159,3 +159,87 @@ def backward_kernel(
             tl.store(product_parts + sums_at, products, mask=o_in)
         if SUM_GRAD:
             tl.store(grad_parts + sums_at, grads, mask=o_in)
+
+
+@triton.jit
+def sums_kernel(
+    dz,
+    db,
+    dscale,
+    dbias,
+    dz_parts,
+    db_parts,
+    product_parts,
+    grad_parts,
+    scale,
+    b,
+    N,
+    OUT,
+    R,
+    TILES_O,
+    CHUNKS,
+    ROW_PROGRAMS,
+    dz_stride_n,
+    dz_stride_r,
+    HAS_RANK: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    SUBTRACT_RANK: tl.constexpr,
+    SUM_GRAD: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_R: tl.constexpr,
+):
+    """Adds up what `backward_kernel` has left, in a fixed order: TILE rows of `dz` a program, then TILE features of
+    everything else. `dscale` from the output that was saved in the place of the base product is
+    `(colsum(grad * saved) - rowsum(b * db)) / scale`. Without HAS_RANK `db` is there already.
+    """
+    AT_ONCE: tl.constexpr = 8
+    program = tl.program_id(0)
+    part = tl.arange(0, AT_ONCE)
+    r = tl.arange(0, TILE_R)
+    # The flag comes first: without it there is no `dz_parts`, and a load from nothing does not compile.
+    if HAS_RANK and program < ROW_PROGRAMS:
+        n = program * TILE + tl.arange(0, TILE)
+        rank_in = (n < N)[:, None] & (r < R)[None, :]
+        total = tl.zeros((TILE, TILE_R), dtype=tl.float32)
+        for first in range(0, TILES_O, AT_ONCE):
+            tile = (first + part).to(tl.int64)[:, None, None]
+            at = dz_parts + (tile * N + n[None, :, None]) * R + r[None, None, :]
+            total += tl.sum(tl.load(at, mask=(tile < TILES_O) & rank_in[None, :, :], other=0.0), axis=0)
+        at = dz + n.to(tl.int64)[:, None] * dz_stride_n + r.to(tl.int64)[None, :] * dz_stride_r
+        tl.store(at, total.to(dz.dtype.element_ty), mask=rank_in)
+    else:
+        o = (program - ROW_PROGRAMS) * TILE + tl.arange(0, TILE)
+        o_in = o < OUT
+        with_b = tl.zeros((TILE,), dtype=tl.float32)
+        if HAS_RANK:
+            rank_in = o_in[:, None] & (r < R)[None, :]
+            total = tl.zeros((TILE, TILE_R), dtype=tl.float32)
+            for first in range(0, CHUNKS, AT_ONCE):
+                chunk = (first + part).to(tl.int64)[:, None, None]
+                at = db_parts + (chunk * OUT + o[None, :, None]) * R + r[None, None, :]
+                total += tl.sum(tl.load(at, mask=(chunk < CHUNKS) & rank_in[None, :, :], other=0.0), axis=0)
+            tl.store(db + o[:, None] * R + r[None, :], total, mask=rank_in)
+            if HAS_SCALE and SUBTRACT_RANK:
+                with_b += tl.sum(total * tl.load(b + o[:, None] * R + r[None, :], mask=rank_in, other=0.0), axis=1)
+        elif HAS_SCALE and SUBTRACT_RANK:
+            for first in range(0, R, TILE_R):
+                rank_in = o_in[:, None] & (first + r < R)[None, :]
+                at = o[:, None] * R + first + r[None, :]
+                db_tile = tl.load(db + at, mask=rank_in, other=0.0)
+                with_b += tl.sum(db_tile * tl.load(b + at, mask=rank_in, other=0.0), axis=1)
+        if HAS_SCALE:
+            products = tl.zeros((TILE,), dtype=tl.float32)
+            for first in range(0, CHUNKS, AT_ONCE):
+                chunk = (first + part)[:, None]
+                at = product_parts + chunk * OUT + o[None, :]
+                products += tl.sum(tl.load(at, mask=(chunk < CHUNKS) & o_in[None, :], other=0.0), axis=0)
+            if SUBTRACT_RANK:
+                products = (products - with_b) / tl.load(scale + o, mask=o_in, other=1.0)
+            tl.store(dscale + o, products, mask=o_in)
+        if SUM_GRAD:
+            grads = tl.zeros((TILE,), dtype=tl.float32)
+            for first in range(0, CHUNKS, AT_ONCE):
+                chunk = (first + part)[:, None]
+                at = grad_parts + chunk * OUT + o[None, :]
+                grads += tl.sum(tl.load(at, mask=(chunk < CHUNKS) & o_in[None, :], other=0.0), axis=0)
+            tl.store(dbias + o, grads, mask=o_in)
