@@ -67,9 +67,7 @@ def check_tensors(wanted: Iterable[str], found: Iterable[str], known: Iterable[s
 
 
 def write_card(folder: Path, config: PeftConfig, facts: dict[str, object]) -> None:
-    """Write the model card README.md, or put what a reader must know on top of the one that is there.
-
-    PEFT's form for a card gives way where nobody has filled it in; what else a card says stays.
+    """Write the model card README.md, or put what a reader must know on top of the one that is there, as PEFT's form is.
 
     Args:
         folder: of the saved adapter.
@@ -79,7 +77,6 @@ def write_card(folder: Path, config: PeftConfig, facts: dict[str, object]) -> No
     file = folder / _CARD
     card = ModelCard.load(file) if file.exists() else ModelCard(f"---\n{ModelCardData(library_name='peft')}\n---\n")
     others = re.sub(f"{_START}.*?{_END}", "", card.text, flags=re.DOTALL).strip()
-    others = others.removeprefix(ModelCard.from_template(ModelCardData()).text.strip()).strip()
     card.text = (
         "\n\n".join(part for part in (f"{_START}\n{_introduction(config, facts)}\n{_END}", others) if part) + "\n"
     )

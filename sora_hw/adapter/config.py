@@ -132,7 +132,11 @@ class ConditionedConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write adapter_config.json, and the model card that says how to load it."""
         super().save_pretrained(save_directory, **kwargs)
-        write_card(Path(save_directory), self, self._facts())
+        self.write_card(Path(save_directory))
+
+    def write_card(self, folder: Path) -> None:
+        """Write the model card into the folder of the saved adapter, or on top of the one that it has."""
+        write_card(folder, self, self._facts())
 
     def _facts(self) -> dict[str, object]:
         """What decides the adapter's output, for its card."""

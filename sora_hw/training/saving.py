@@ -39,8 +39,10 @@ def save_trained(model: nn.Module, folder: Path, zero_stage: int, tokenizer: Pre
         model.save_pretrained(str(aside), state_dict=weights)
         if not isinstance(model, PeftModel):
             tokenizer.save_pretrained(str(aside))
-        elif not isinstance(model.active_peft_config, ConditionedConfig):
+        else:
             (aside / "README.md").unlink()  # PEFT's form for a model card, with nothing filled in
+            if isinstance(model.active_peft_config, ConditionedConfig):
+                model.active_peft_config.write_card(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     dist.barrier()

@@ -186,7 +186,10 @@ def test_the_card_of_an_adapter_says_how_to_load_it(tmp_path):
     assert "import sora_hw" in "\n".join(text.splitlines()[:2])
     assert "KeyError: 'CONDITIONED'" in text and 'AutoModelForCausalLM.from_pretrained("someone/llama")' in text
     assert "| method | sora |" in text and "| r | 2 |" in text and "taylor, rank 1, scale bounded" in text
-    assert "More Information Needed" not in text, "PEFT's form, which nobody has filled in"
+    assert "# Model Card for Model ID" in text, "PEFT's form, to be filled in"
+    (tmp_path / "README.md").unlink()
+    model.peft_config["default"].write_card(tmp_path)
+    assert (tmp_path / "README.md").read_text().rstrip().endswith("<!-- end of sora_hw -->")
 
 
 def test_a_card_that_somebody_wrote_stays(tmp_path):
