@@ -67,7 +67,7 @@ def check_tensors(wanted: Iterable[str], found: Iterable[str], known: Iterable[s
 
 
 def write_card(folder: Path, config: PeftConfig, facts: dict[str, object]) -> None:
-    """Write the model card README.md, or put what a reader must know on top of the one that is there, as PEFT's form is.
+    """Write the model card README.md, or put what a reader must know on top of what is there (PEFT saves a form).
 
     Args:
         folder: of the saved adapter.
