@@ -14,6 +14,7 @@ test-full: setup
 	@ci/lint
 	@ci/test
 	@ci/ascend
+	@ci/peft -n 2
 
 lint: setup
 	@ci/lint

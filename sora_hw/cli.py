@@ -6,6 +6,9 @@
     sora-hw compare     runs and sweeps beside one another and beside the paper
     sora-hw spectrum    singular values of what runs have learned, and the paper's figures of them
     sora-hw report      a run, or several beside one another, as one HTML page
+    sora-hw merge       an adapter merged into its base model: a plain model
+    sora-hw export      an adapter as an exact plain LoRA
+    sora-hw import      a checkpoint of the authors' released code as an adapter
 
 A subcommand is a function `(arguments, console) -> exit code`, added by its `_add_`. Exit codes: 0 for success, 1 for a
 finding that the subcommand exists to report, 2 for an error of the user's.
@@ -15,14 +18,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from sora_hw import __version__
+from sora_hw.devices.cpu import CPU
 from sora_hw.devices.detect import BACKENDS
 from sora_hw.doctor import examine, ready
 from sora_hw.errors import UserError
@@ -51,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sora-hw", description="Weight-conditioned adapters: tools beside training.")
     parser.add_argument("--version", action="version", version=f"sora-hw {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_doctor, _add_plan, _add_generate, _add_compare, _add_spectrum, _add_report):
+    looking = (_add_generate, _add_compare, _add_spectrum, _add_report)
+    converting = (_add_merge, _add_export, _add_import)
+    for add in (_add_doctor, _add_plan, *looking, *converting):
         add(commands)
     return parser
 
@@ -108,6 +115,28 @@ def _add_report(commands) -> None:
     command.set_defaults(run=report)
 
 
+def _add_merge(commands) -> None:
+    _add_conversion(commands, "merge", merge, "folder of a run or an adapter", "an adapter merged into its base model")
+
+
+def _add_export(commands) -> None:
+    _add_conversion(commands, "export", export, "folder of a run or an adapter", "an adapter as an exact plain LoRA")
+
+
+def _add_import(commands) -> None:
+    about = "a checkpoint of the authors' released code as an adapter"
+    _add_conversion(commands, "import", import_, "its folder", about)
+
+
+def _add_conversion(commands, name: str, run: Callable, source: str, help: str) -> None:
+    """A subcommand that makes another folder of a folder."""
+    command = commands.add_parser(name, help=help)
+    command.add_argument("source", type=Path, metavar="FOLDER", help=source)
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    command.add_argument("--model", metavar="FOLDER_OR_ID", help="the base model [the one it was trained on]")
+    command.set_defaults(run=run)
+
+
 def plan(arguments: argparse.Namespace, console: Console) -> int:
     """Print what the launcher of a benchmark would do; 2 where it cannot, or does not fit."""
     from sora_hw.training import launch  # brings the libraries of training, which the doctor may find missing
@@ -160,6 +189,41 @@ def generate(arguments: argparse.Namespace, console: Console) -> int:
     for answer in generate(arguments.folder, questions, arguments.backend, arguments.max_new_tokens, told):
         print(answer)
     return 0
+
+
+def merge(arguments: argparse.Namespace, console: Console) -> int:
+    """Write the base model with an adapter merged into it."""
+    from sora_hw.finished.merging import merge
+
+    _work_quietly_in_host_memory()
+    merge(arguments.source, arguments.output, arguments.model, console)
+    return 0
+
+
+def export(arguments: argparse.Namespace, console: Console) -> int:
+    """Write an adapter as a plain LoRA, and tell what was folded into a copy of the base model."""
+    from sora_hw.finished.exporting import export
+
+    _work_quietly_in_host_memory()
+    export(arguments.source, arguments.output, arguments.model, console)
+    return 0
+
+
+def import_(arguments: argparse.Namespace, console: Console) -> int:
+    """Write the authors' checkpoint as an adapter, and tell how near it is to their formula."""
+    from sora_hw.finished.importing import import_checkpoint
+
+    _work_quietly_in_host_memory()
+    import_checkpoint(arguments.source, arguments.output, arguments.model, console)
+    return 0
+
+
+def _work_quietly_in_host_memory() -> None:
+    """Libraries keep their notes to themselves; DeepSpeed, which transformers imports to save a model, too."""
+    from sora_hw.training import launch
+
+    launch.silence()
+    os.environ.setdefault("DS_ACCELERATOR", CPU.deepspeed_accelerator)
 
 
 def doctor(arguments: argparse.Namespace, console: Console) -> int:

@@ -77,6 +77,11 @@ class Conditioning:
         """Whether the map has a `c` other than one."""
         return self.pre == "diagonal" or self.post in ("diagonal", "magnitude")
 
+    @property
+    def turns(self) -> bool:
+        """Whether there is a rotation."""
+        return "rotation" in (self.pre, self.post)
+
     @cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """The parameters that this pair of transformations has."""

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
+from sora_hw.adapter.quantised import check_readable
 from sora_hw.ops import Probe
 
 
@@ -60,25 +61,41 @@ class ReadsBaseWeight(BaseTunerLayer):
         self._norm_squared = self._norm_source = None
         self.kept_products.clear()
 
+    def _as_matrix(self, stored: Tensor) -> Tensor:
+        """A weight as the base layer stores it as (out, in), a view."""
+        return stored.t() if self.fan_in_fan_out else stored
+
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of `_as_matrix`, for any number of rows."""
+        return matrix.t() if self.fan_in_fan_out else matrix
+
     def _stored_weight(self) -> Tensor:
         """`W0` as (out, in), a view of the stored weight."""
-        weight = self.get_base_layer().weight
-        return weight.t() if self.fan_in_fan_out else weight
+        return self._as_matrix(self.get_base_layer().weight)
+
+    def _base_bias(self) -> Tensor | None:
+        """`b0`, (out,), or None; an embedding has none to ask for."""
+        return getattr(self.get_base_layer(), "bias", None)
+
+    @property
+    def _is_quantised(self) -> bool:
+        return self.quantization_backend is not None or is_quantised(self.get_base_layer().weight)
 
     def _base_dtype(self) -> torch.dtype:
-        return self.get_base_layer().weight.dtype
+        return torch.float32 if self._is_quantised else self.get_base_layer().weight.dtype
 
     def _weight_is_readable(self) -> bool:
         """Whether the whole weight lies there as a plain floating tensor: neither quantised nor sharded."""
-        weight = self.get_base_layer().weight
-        return not is_quantised(weight) and is_whole(weight)
+        return not self._is_quantised and is_whole(self.get_base_layer().weight)
 
     @contextmanager
     def _base_weight(self) -> Iterator[Tensor]:
         """`W0` as (out, in) for reading, gathered where ZeRO-3 has sharded it."""
+        if self._is_quantised:
+            check_readable(self, "a magnitude or a sum of adapters")
+            yield self.get_base_weight().detach()
+            return
         weight = self.get_base_layer().weight
-        if is_quantised(weight):
-            raise ValueError("a magnitude needs the norm of the base weight, which a quantised layer does not give")
         # Inside a forward pass DeepSpeed has gathered it at this very access, and frees it itself.
         gathered = not hasattr(weight, "ds_id") or weight.numel() == weight.ds_numel
         with nullcontext() if gathered else gather_params_ctx([weight], modifier_rank=None):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from sora_hw import ops
-from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, is_quantised, is_whole, row_norm_squared
+from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, is_whole, row_norm_squared
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.keeping import Keeping, look_after_steps
 from sora_hw.adapter.merging import Merges
+from sora_hw.adapter.mixed_batches import samples_of
+from sora_hw.adapter.starting import STARTS, principal_part
 from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, linear_map
 
 PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_C", "post_E", "magnitude")
 
 
-class _LowRankPath(NamedTuple):
+class LowRankPath(NamedTuple):
     """One adapter between the input and the output of the base layer.
 
     Attributes:
@@ -41,7 +44,7 @@ class _LowRankPath(NamedTuple):
         """The layer's output under this adapter from `base`, the base layer's output with its bias."""
         c, b, q = self.linear
         z = self.z.to(base.dtype)
-        with _without_autocast(base.device.type):
+        with without_autocast(base.device.type):
             if self.reads_output:
                 z = torch.cat([z, ops.skinny_product(base, q.t())], dim=-1)
             return ops.scale_rank_update(base, c, z, b, self.bias, keep=self.keep)
@@ -59,18 +62,26 @@ class ConditionedLinear(nn.Module, Merges):
         adapter_name: name of the first adapter.
         config: its configuration.
         fan_in_fan_out: the base weight is stored as (in, out).
+        quantization: what PEFT's backend for a quantised base layer needs (`peft.utils.get_quantization_kwargs`).
     """
 
+    sample_dims = 1  # dimensions of an input without a batch
     adapter_layer_names = tuple(f"conditioned_{name}" for name in PARAMETER_NAMES)
     other_param_names = ("r", "scaling", "conditioning", "conditions_bias", "conditioned_dropout", "kept_products")
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: ConditionedConfig, fan_in_fan_out: bool = False
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: ConditionedConfig,
+        fan_in_fan_out: bool = False,
+        **quantization,
     ):
         super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.fan_in_fan_out = fan_in_fan_out
-        self.in_features, self.out_features = _features(self.get_base_layer())
+        self.in_features, self.out_features = self._features()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.conditioned_dropout = nn.ModuleDict()
@@ -96,8 +107,18 @@ class ConditionedLinear(nn.Module, Merges):
 
     # --- adapters ---
 
+    def _features(self) -> tuple[int, int]:
+        """(in, out) of the weight as a matrix; from attributes, since the weight may be sharded."""
+        base = self.get_base_layer()
+        return (base.nx, base.nf) if hasattr(base, "nx") else (base.in_features, base.out_features)
+
     def update_layer(self, adapter_name: str, config: ConditionedConfig) -> None:
         """Add an adapter, or replace the one of this name."""
+        if self.starts_from_base is not None or (config.init_weights in STARTS and len(self.conditioned_A) > 0):
+            raise ValueError(
+                f"init_weights={config.init_weights!r}: an adapter that starts from the base weight takes its part out "
+                "of it, so it must be the only adapter of a layer"
+            )
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name} is merged: unmerge before replacing it")
         for name in self.adapter_layer_names:
@@ -115,7 +136,9 @@ class ConditionedLinear(nn.Module, Merges):
         dtype = adapter_dtype(self._base_dtype())
         for name, shape in shapes.items():
             getattr(self, f"conditioned_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=dtype))
-        self.reset_adapter(adapter_name, config.init_weights)
+        self.reset_adapter(adapter_name, bool(config.init_weights))
+        if config.init_weights in STARTS:
+            self._start_from_base(adapter_name, config.init_weights)
         self._move_adapter_to_base_device(adapter_name)
         self.keeping.add(adapter_name)
         if config.conditioning.scales:
@@ -131,14 +154,18 @@ class ConditionedLinear(nn.Module, Merges):
         if p["A"].is_meta:
             return  # the values are loaded afterwards
         with torch.no_grad():
-            nn.init.kaiming_uniform_(p["A"], a=math.sqrt(5))
+            self._reset_low_rank(p["A"], p["B"], identity)
             for name, value in p.items():
                 if name.endswith("_C"):
                     nn.init.kaiming_uniform_(value, a=math.sqrt(5), mode="fan_out")
                 elif name == "magnitude":
                     self._reset_magnitude(value, identity)
-                elif name != "A":
+                elif name not in ("A", "B"):
                     nn.init.zeros_(value) if identity else nn.init.normal_(value, std=0.1)
+
+    def _reset_low_rank(self, a: Tensor, b: Tensor, identity: bool) -> None:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.zeros_(b) if identity else nn.init.normal_(b, std=0.1)
 
     def _reset_magnitude(self, magnitude: Tensor, identity: bool) -> None:
         if self.weight.is_meta:
@@ -148,6 +175,25 @@ class ConditionedLinear(nn.Module, Merges):
         if not identity:
             magnitude.mul_(1 + 0.1 * torch.randn_like(magnitude))
 
+    @torch.no_grad()
+    def _start_from_base(self, adapter_name: str, start: str) -> None:
+        """Take the principal part out of the base weight and train it: together they are what the weight was.
+
+        An adapter on the meta device takes no values, they are loaded; the base weight must change all the same.
+        """
+        if self._is_quantised:
+            raise ValueError(f"init_weights={start!r} writes into the base weight, which must not be quantised")
+        p, s = self.adapter_parameters(adapter_name), self.scaling[adapter_name]
+        with self._base_gathered():
+            weight = self._stored_weight().data
+            whole = weight.to(adapter_dtype(weight.dtype))
+            b, a = principal_part(whole, self.r[adapter_name], s, start)
+            weight.copy_(whole - s * b @ a)
+        p["A"].copy_(a)
+        p["B"].copy_(b)
+        self._forget_base()
+        self.starts_from_base = adapter_name
+
     def adapter_parameters(self, adapter_name: str) -> dict[str, Tensor]:
         """The adapter's parameters by their names in `Conditioning.parameter_shapes`."""
         names = self.conditioning[adapter_name].parameter_names
@@ -156,7 +202,7 @@ class ConditionedLinear(nn.Module, Merges):
     def cast_adapter_to_base_dtype(self, adapter_name: str) -> None:
         """Store the adapter in the base weight's dtype, where that is a floating dtype."""
         dtype = self._base_dtype()
-        if not is_quantised(self.get_base_layer().weight):
+        if not self._is_quantised:
             for parameter in self.adapter_parameters(adapter_name).values():
                 parameter.data = parameter.data.to(dtype)
 
@@ -172,9 +218,14 @@ class ConditionedLinear(nn.Module, Merges):
 
     # --- forward ---
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """`x` (..., in) -> (..., out). Several active adapters add their differences from the base layer."""
-        if x.dim() == 1:
+    def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
+        """`x` (..., in) -> (..., out). Several active adapters add their differences from the base layer.
+
+        With `adapter_names` every sample has an adapter of its own (`sora_hw.adapter.mixed_batches`).
+        """
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        if x.dim() == self.sample_dims:
             return self(x[None], *args, **kwargs)[0]
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -186,7 +237,7 @@ class ConditionedLinear(nn.Module, Merges):
                 x, path = self._low_rank_path(name, x)
                 paths.append(path)
         base = self.base_layer(x, *args, **kwargs)
-        outputs = [path.output(base) for path in paths]
+        outputs = [self._output(path, base) for path in paths]
         if len(outputs) == 1:
             if paths[0].keep == "inputs":
                 self.keeping.watch_output(outputs[0])
@@ -196,11 +247,25 @@ class ConditionedLinear(nn.Module, Merges):
             result = result + (output - base)
         return result
 
-    def _low_rank_path(self, adapter_name: str, x: Tensor) -> tuple[Tensor, _LowRankPath]:
+    def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str], *args, **kwargs) -> Tensor:
+        places = samples_of(adapter_names, x, self.merged)
+        base = self.base_layer(x, *args, **kwargs)
+        result = base.clone()
+        for name, samples in places.items():
+            if name in self.conditioned_A:
+                _, path = self._low_rank_path(name, x[samples])
+                result[samples] = self._output(path, base[samples])
+        return result
+
+    def _output(self, path: LowRankPath, base: Tensor) -> Tensor:
+        """The layer's output under one adapter from the base layer's."""
+        return path.output(base)
+
+    def _low_rank_path(self, adapter_name: str, x: Tensor) -> tuple[Tensor, LowRankPath]:
         """What an adapter takes from the input, and the `x` to go on with (`sora_hw.ops.low_rank_input`)."""
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         p = self.adapter_parameters(adapter_name)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             linear = self._linear_map(adapter_name, p)
             reads_output = linear.q is not None and self._rotation_reads_output(x)
             reads_input = linear.q is not None and not reads_output
@@ -212,7 +277,7 @@ class ConditionedLinear(nn.Module, Merges):
             x = through if source is x else x
             bias = self._missing_bias(adapter_name, linear, reads_output)
         keep = self.keeping.keep(adapter_name, linear.c, p.values())
-        return x, _LowRankPath(linear, z, bias, reads_output, keep)
+        return x, LowRankPath(linear, z, bias, reads_output, keep)
 
     def _rotation_reads_output(self, x: Tensor) -> bool:
         """Whether a rotation takes its `h Q` from the finished product, or as `x (Q^T W0)^T` from the input.
@@ -241,7 +306,7 @@ class ConditionedLinear(nn.Module, Merges):
 
         The base layer's output holds `b0` already: `c` scales it, and a rotation that reads that output turns it.
         """
-        b0 = self.bias
+        b0 = self._base_bias()
         if b0 is None or (linear.c is None and linear.q is None):
             return None
         turned = conditioned_bias(b0, linear)
@@ -281,14 +346,7 @@ class ConditionedLinear(nn.Module, Merges):
         return "conditioned." + super().__repr__()
 
 
-def _features(base: nn.Module) -> tuple[int, int]:
-    """(in, out) of a Linear or Conv1D; from attributes, since the weight may be sharded."""
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    return base.nx, base.nf
-
-
-def _without_autocast(device_type: str):
+def without_autocast(device_type: str):
     """What runs within computes in the dtypes that it is given."""
     # To leave autocast where it is not on costs as much as the launch of several kernels.
     return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
@@ -298,7 +356,7 @@ def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch refuses to answer for meta
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """What the base layer multiplies in: autocast's dtype, or that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if _autocasts(device) else x.dtype

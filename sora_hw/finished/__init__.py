@@ -1,1 +1,1 @@
-"""What is done with a finished run: scored, asked, looked into, shown. One file for each."""
+"""What is done with a finished run: scored, asked, looked into, shown, made fit for others. One file for each."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,18 @@ SHIPPED = Path(recipes.__file__).parent / "models"  # the configurations of the 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
+class Headed(Protocol):
+    """What decides a model's head: an objective, for one.
+
+    Attributes:
+        auto_class: transformers' class that gives a model the head.
+        model_options: values for the model's configuration.
+    """
+
+    auto_class: type
+    model_options: Mapping[str, object]
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A model that was found: its name as given, what transformers loads it from, its configuration, and the class that
@@ -44,7 +57,7 @@ class BaseModel:
     auto_class: type
 
 
-def find(name: str, objective: Objective) -> BaseModel:
+def find(name: str, objective: Headed) -> BaseModel:
     """The model called `name`: "embedded", a folder, or an id on the Hugging Face hub.
 
     Raises UserError when the folder does not exist or holds no model, or the hub cannot give the id.
@@ -64,13 +77,13 @@ def find(name: str, objective: Objective) -> BaseModel:
     return _found(name, str(folder), objective)
 
 
-def shipped(name: str, objective: Objective) -> BaseModel | None:
+def shipped(name: str, objective: Headed) -> BaseModel | None:
     """One of the paper's models to be planned with: its configuration alone, which comes with this package."""
     folder = SHIPPED / name.rpartition("/")[2]
     return _found(name, str(folder), objective) if folder.is_dir() else None
 
 
-def _found(name: str, source: str, objective: Objective) -> BaseModel:
+def _found(name: str, source: str, objective: Headed) -> BaseModel:
     return BaseModel(name, source, _config(name, source, objective.model_options), objective.auto_class)
 
 
@@ -238,12 +251,21 @@ def load_model(base: BaseModel, profile: Profile, **placement: object) -> PreTra
 
     Raises UserError when its files cannot be loaded.
     """
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     options: dict[str, object] = {"dtype": getattr(torch, profile.dtype), **placement}
     if profile.four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
         )
+    return _load(base, options)
+
+
+def load_as_stored(base: BaseModel) -> PreTrainedModel:
+    """The model in the dtype of its files, in host memory. Raises UserError when they cannot be loaded."""
+    return _load(base, {"dtype": "auto"})
+
+
+def _load(base: BaseModel, options: Mapping[str, object]) -> PreTrainedModel:
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     try:
         return base.auto_class.from_pretrained(base.source, config=base.config, trust_remote_code=False, **options)
     except (OSError, SafetensorError, UnpicklingError) as error:

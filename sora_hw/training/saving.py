@@ -6,12 +6,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sora_hw import ConditionedConfig
+from sora_hw.errors import UserError
 from sora_hw.hardware import Profile
 from sora_hw.training.base_model import BaseModel, load_model
 from sora_hw.training.methods import MODULES_TO_SAVE
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def save_trained(model: nn.Module, folder: Path, zero_stage: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -34,17 +39,32 @@ def save_trained(model: nn.Module, folder: Path, zero_stage: int, tokenizer: Pre
         model.save_pretrained(str(aside), state_dict=weights)
         if not isinstance(model, PeftModel):
             tokenizer.save_pretrained(str(aside))
-        (aside / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, with nothing filled in
+        else:
+            (aside / "README.md").unlink()  # PEFT's form for a model card, with nothing filled in
+            if isinstance(model.active_peft_config, ConditionedConfig):
+                model.active_peft_config.write_card(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     dist.barrier()
 
 
 def load_trained(base: BaseModel, plain: PreTrainedModel, folder: Path, profile: Profile) -> nn.Module:
-    """What `save_trained` wrote to `folder`: an adapter around `plain`, the base model, or a model by itself."""
-    if (folder / "adapter_config.json").exists():
-        return PeftModel.from_pretrained(plain, str(folder))
+    """What `save_trained` wrote to `folder`: an adapter around `plain`, the base model, or a model by itself.
+
+    Raises UserError where it is damaged, or belongs to another model.
+    """
+    if (folder / ADAPTER_CONFIG).exists():
+        return load_adapter(plain, folder)
     return load_model(BaseModel(base.name, str(folder), base.config, base.auto_class), profile)
+
+
+def load_adapter(plain: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter in `folder` around `plain`. Raises UserError where it is damaged, or belongs to another model."""
+    try:
+        return PeftModel.from_pretrained(plain, str(folder))
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: the adapter cannot be loaded onto this model ({reason})") from None
 
 
 def _full_precision(parameter: nn.Parameter, zero_stage: int) -> torch.Tensor:

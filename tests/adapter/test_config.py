@@ -52,6 +52,8 @@ def test_a_pair_without_a_name_has_none():
         ({"alpha": "16"}, "alpha='16' must be a finite number"),
         ({"rotation_eps": float("inf")}, "rotation_eps=inf must be a finite number"),
         ({"bias": "some"}, "bias='some' is unknown"),
+        ({"init_weights": "svd"}, "init_weights='svd' is unknown: choose one of True, False, pissa, olora"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters is not supported"),
     ],
 )
 def test_what_is_refused_is_refused_in_one_line(options, words):

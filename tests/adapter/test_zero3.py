@@ -37,6 +37,10 @@ def test_magnitudes_and_rotations():
     check(SOME)
 
 
+def test_a_start_from_the_base_weight():
+    check([("start", "pissa"), ("start", "olora")])
+
+
 @pytest.mark.full
 def test_every_other_pair():
     check([pair for pair in itertools.product(PRE, POST) if pair not in SOME])

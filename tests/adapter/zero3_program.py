@@ -2,6 +2,7 @@
 
 The persistence threshold is zero, so that really everything is sharded: adapters, biases and base weights. Several
 steps, with transformers' configuration in place as its Trainer has it: from the second on DeepSpeed fetches ahead.
+The pair `start` and `pissa` or `olora` stands for that start on a base model that is sharded already.
 """
 
 import copy
@@ -75,11 +76,35 @@ def compare(pre: str, post: str) -> tuple[float, float]:
     return worst_loss, worst_gradient
 
 
+def start(kind: str) -> tuple[float, float]:
+    """Starting from the base weight: differences of the loss, and of the base weights, sharded from whole."""
+    options = {"r": 4, "dropout": 0.0, "init_weights": kind, "target_modules": TARGETS}
+    whole = get_peft_model(base_model(), sora_hw.ConditionedConfig(**options))
+    with deepspeed.zero.Init(config_dict_or_path=ZERO3):
+        base = base_model()
+    values = dict(base_model().named_parameters())
+    for name, parameter in base.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+            parameter.data.copy_(values[name])
+    sharded = get_peft_model(base, sora_hw.ConditionedConfig(**options))
+    trained = [p for p in sharded.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=sharded, model_parameters=trained, config=ZERO3)
+    ids = torch.arange(40).view(2, 20) % 64
+    loss = (engine(ids, labels=ids).loss - whole(ids, labels=ids).loss).abs().item()
+    worst = 0.0
+    for p, q in zip(engine.module.parameters(), whole.parameters(), strict=True):
+        assert p.ds_tensor.numel() < p.ds_numel or p.ds_numel == 1
+        with deepspeed.zero.GatheredParameters(p):
+            worst = max(worst, (p - q).abs().max().item())
+    engine.destroy()
+    return loss, worst
+
+
 if __name__ == "__main__":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     in_place = HfDeepSpeedConfig(ZERO3)  # by which PEFT and transformers know; it lasts as long as this name
     for pair in (argument.split("+") for argument in sys.argv[1:] if "+" in argument):
-        differences = compare(*pair)
+        differences = start(pair[1]) if pair[0] == "start" else compare(*pair)
         if dist.get_rank() == 0:
             print("RESULT", *pair, *differences, flush=True)

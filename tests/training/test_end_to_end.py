@@ -66,9 +66,11 @@ def test_the_demo_tells_what_it_does(demo):
 def test_the_demo_leaves_what_a_run_leaves(demo):
     steps = demo.manifest["results"]["steps"]
     assert sorted(path.name for path in (demo.folder / "adapter").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    assert "import sora_hw" in (demo.folder / "adapter" / "README.md").read_text()
     assert (demo.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (demo.folder / f"checkpoint-{steps}").is_dir()
     assert len(demo.losses) == steps == demo.manifest["recipe"]["max_steps"]
