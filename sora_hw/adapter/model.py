@@ -96,9 +96,9 @@ class ConditionedModel(BaseTuner):
         if len(adapters) != len(weights):
             raise ValueError(f"{len(weights)} weights do not fit {len(adapters)} adapters: give one for each")
         configs = {name: self.peft_config[name] for name in adapters}
-        weight_of = {
-            name: sum(w for other, w in zip(adapters, weights, strict=True) if other == name) for name in configs
-        }
+        weight_of = dict.fromkeys(adapters, 0.0)
+        for name, weight in zip(adapters, weights, strict=True):
+            weight_of[name] += weight
         check_combinable(self.model, configs, combination_type)
         sums = {}
         for name, layer in self.model.named_modules():
