@@ -121,9 +121,8 @@ class Merges(ReadsBaseWeight):
     @contextmanager
     def _unmerged_weight_if_read(self, adapter_names: Iterable[str]) -> Iterator[Tensor | None]:
         """`W0` where the coefficients of one of these adapters or their sum need it, else None."""
-        needed = any(
-            "rotation" in (c.pre, c.post) or c.post == "magnitude" for c in map(self.conditioning.get, adapter_names)
-        )
+        used = [self.conditioning[name] for name in adapter_names]
+        needed = any(conditioning.turns or conditioning.post == "magnitude" for conditioning in used)
         with self._unmerged_weight() if needed else nullcontext() as weight:
             yield weight
 

@@ -116,11 +116,13 @@ class ConditionedModel(BaseTuner):
         if len(adapters) != len(weights):
             raise ValueError(f"{len(weights)} weights do not fit {len(adapters)} adapters: give one for each")
         configs = {name: self.peft_config[name] for name in adapters}
-        weight_of = dict(zip(adapters, weights, strict=True))
+        weight_of = dict.fromkeys(adapters, 0.0)
+        for name, weight in zip(adapters, weights, strict=True):
+            weight_of[name] += weight
         check_combinable(self.model, configs, combination_type)
         sums = {}
         for name, layer in self.model.named_modules():
-            if isinstance(layer, ConditionedLinear) and (here := [a for a in adapters if a in layer.conditioned_A]):
+            if isinstance(layer, ConditionedLinear) and (here := [a for a in configs if a in layer.conditioned_A]):
                 sums[name] = weighted_sum(layer, {adapter: weight_of[adapter] for adapter in here})
         scales = any(part.delta is not None for part in sums.values())
         self.peft_config[adapter_name] = combined_config(configs, sums, scales)

@@ -27,7 +27,7 @@ def config(pre, post, targets=("0", "1"), **options):
 def test_the_sum_is_exact(pre, post, tmp_path):
     model = get_peft_model(base(), config(pre, post), "first")
     model.add_adapter("second", config("diagonal", "rotation", ["1"], alpha=5))
-    model.add_weighted_adapter(["first", "second"], [0.7, -1.5], "sum")
+    model.add_weighted_adapter(["first", "second", "first"], [0.4, -1.5, 0.3], "sum")
     for i, layer in enumerate(model.base_model.model[:2]):
         wanted = 0.7 * layer.get_delta_weight("first")
         if i == 1:
