@@ -21,7 +21,7 @@ from sora_hw.finished.run import FinishedRun
 from sora_hw.finished.weights import StoredModel
 from sora_hw.hardware import Profile
 from sora_hw.recipes.recipe import FULL
-from sora_hw.training.base_model import BaseModel, find, targeted
+from sora_hw.training.base_model import find, targeted
 from sora_hw.training.objectives import objective_of
 from sora_hw.training.run_folder import MANIFEST
 
@@ -43,26 +43,27 @@ def layer_spectra(run: FinishedRun, watch: Watch) -> list[LayerSpectrum]:
 
     Raises UserError where what was trained or its base model is missing or damaged, or they do not fit each other.
     """
-    base, profile = find(run.recipe.model, objective_of(run.recipe)), _profile(run)
+    objective, profile = objective_of(run.recipe), _profile(run)
     with ExitStack() as opened:
-        before = opened.enter_context(StoredModel(base, profile))
+        before = opened.enter_context(StoredModel(find(run.recipe.model, objective), profile))
+        layers = before.layers()
         if run.recipe.method == FULL:
-            model = BaseModel(base.name, str(run.trained), base.config, base.auto_class)
+            model = find(str(run.trained), objective)
             after = opened.enter_context(StoredModel(model, replace(profile, dtype="float32")))
-            targets = set().union(*(targeted(before.model, target) for target in run.recipe.target_modules))
-            names = [name for name in before.layers() if name in targets]
+            targets = set().union(*(targeted(after.model, target) for target in run.recipe.target_modules))
+            names = [name for name in after.layers() if name in targets]
 
             def spectrum(name: str) -> LayerSpectrum:
                 return _tuned(name, before.weight(name), after.weight(name))
         else:
             config, adapter = _adapter(run.trained)
-            names = [name for name in before.layers() if name in adapter]
-            if unknown := sorted(adapter.keys() - set(names)):
-                raise UserError(f"{run.trained}: {run.recipe.model}, its base model, has no layer {unknown[0]}")
+            names = sorted(adapter, key=lambda name: layers.index(name) if name in layers else -1)
 
             def spectrum(name: str) -> LayerSpectrum:
                 return _adapted(name, before.weight(name), config, adapter[name])
 
+        if unknown := [name for name in names if name not in layers]:
+            raise UserError(f"{run.trained}: {run.recipe.model}, its base model, has no linear layer {unknown[0]}")
         largest = max(before.size(name) for name in names)
         return _each(spectrum, names, _at_once(largest), watch)
 
