@@ -95,11 +95,13 @@ def _setting(pool: Sequence[FinishedRun], remarks: list[str]) -> Setting | None:
     if not together:
         return None
     results = [run.results for run in finished]
+    # What a resumed run measured is the time of its last steps alone.
+    timed = [run.results for run in finished if not run.manifest.get("resumed_from") and run.results["seconds"]]
     return Setting(
         done[0].recipe,
         together,
         rate=statistics.fmean(result["trainable_percent"] for result in results),
-        speed=statistics.fmean(result["steps"] / result["seconds"] for result in results),
+        speed=statistics.fmean(result["steps"] / result["seconds"] for result in timed) if timed else None,
     )
 
 

@@ -34,6 +34,12 @@ def generate(folder: Path, questions: Sequence[str], backend: str, max_new_token
         raise UserError(f"{folder} is a run of GLUE: it labels sentences, and has no answers to questions")
     profile = profile_for(run, device)
     loaded = load(run.recipe, run, profile, device.torch_device(0))
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    if positions is not None and max_new_tokens >= positions:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens}: question and answer together may have {positions} tokens with "
+            f"{run.recipe.model}"
+        )
     console.print(
         f"{run.recipe.method} of {folder} on {run.recipe.model}: {device.display_name} ({device.name()}), "
         f"{profile.dtype}, kernels of {kernels(device)}"

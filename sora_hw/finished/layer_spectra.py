@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -100,7 +101,14 @@ def _tuned(name: str, before: Tensor, after: Tensor) -> LayerSpectrum:
 def _adapted(name: str, weight: Tensor, config: PeftConfig, parameters: Mapping[str, Tensor]) -> LayerSpectrum:
     """Of a layer with the parameters of one adapter of ours, or of PEFT's LoRA or OFT."""
     if isinstance(config, LoraConfig):
-        config = ConditionedConfig(method="lora", r=config.r, alpha=config.lora_alpha, use_rslora=config.use_rslora)
+        rank, alpha = (
+            pattern.get(get_pattern_key(pattern, name), otherwise)
+            for pattern, otherwise in (
+                (config.rank_pattern, config.r),
+                (config.alpha_pattern, config.lora_alpha),
+            )
+        )
+        config = ConditionedConfig(method="lora", r=rank, alpha=alpha, use_rslora=config.use_rslora)
     out_features, in_features = weight.shape
     if not isinstance(config, ConditionedConfig):
         update = _rotated(weight, config, parameters["R"]) - weight.double()

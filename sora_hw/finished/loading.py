@@ -2,19 +2,24 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sora_hw.devices.device import Device
+from sora_hw.errors import UserError
 from sora_hw.finished.run import FinishedRun
 from sora_hw.hardware import Profile, choose
 from sora_hw.recipes.recipe import FULL, Recipe
 from sora_hw.training.base_model import check_model, find, load_model, load_tokenizer
 from sora_hw.training.objectives import objective_of
 from sora_hw.training.saving import load_trained
+
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ def load(recipe: Recipe, run: FinishedRun | None, profile: Profile, device: torc
 
     The adapter is not merged: in a bfloat16 weight most of it would be rounded away.
 
-    Raises UserError for a model that is missing or damaged.
+    Raises UserError for a model or an adapter that is missing or damaged.
     """
     objective = objective_of(recipe)
     base = find(recipe.model, objective)
@@ -38,7 +43,15 @@ def load(recipe: Recipe, run: FinishedRun | None, profile: Profile, device: torc
     tokenizer = load_tokenizer(base, objective)
     model = load_model(base, profile)
     if run is not None:
-        model = load_trained(base, model, run.trained, profile)
+        if recipe.method != FULL and not (run.trained / ADAPTER_CONFIG).is_file():
+            raise UserError(f"{run.trained}: the adapter is missing (there is no {ADAPTER_CONFIG})")
+        try:
+            model = load_trained(base, model, run.trained, profile)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{run.trained}: what was trained is damaged, or of another model ({reason})") from None
     return Loaded(model.to(device).eval(), tokenizer)
 
 
@@ -52,7 +65,8 @@ def profile_for(run: FinishedRun | None, device: Device) -> Profile:
 
 
 def weights(recipe: Recipe, run: FinishedRun | None) -> str:
-    """SHA-256 of the files that `load` takes weights from; of a model on the hub, of its name and commit."""
+    """SHA-256 of the files that `load` takes weights from, and of the configuration of what was trained, by which an
+    adapter acts; of a model on the hub, of its name and commit."""
     digest = hashlib.sha256()
     if run is None or recipe.method != FULL:
         base = find(recipe.model, objective_of(recipe))
@@ -61,11 +75,11 @@ def weights(recipe: Recipe, run: FinishedRun | None) -> str:
         else:
             digest.update(f"{base.source} {getattr(base.config, '_commit_hash', None)}".encode())
     if run is not None:
-        _add_files(digest, run.trained)
+        _add_files(digest, run.trained, "*config.json")
     return digest.hexdigest()
 
 
-def _add_files(digest, folder: Path) -> None:
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+def _add_files(digest, folder: Path, *more: str) -> None:
+    for file in sorted(chain.from_iterable(map(folder.glob, ("*.safetensors", "*.bin", *more)))):
         with open(file, "rb") as opened:
             digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())

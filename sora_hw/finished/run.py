@@ -10,6 +10,8 @@ from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, Classification, LanguageModelling, Recipe
 from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL, STATE, newest_checkpoint
 
+SECTIONS = ("results", "data", "batch", "profile", "versions", "environment", "device_settings")  # of run.json
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -58,7 +60,10 @@ class FinishedRun:
         if not file.exists():
             return []
         try:
-            return list(json.loads(file.read_text())["log_history"])
+            history = list(json.loads(file.read_text())["log_history"])
+            if all(isinstance(entry["step"], int | float) for entry in history):
+                return history
+            raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{file} is damaged") from None
 
@@ -71,6 +76,8 @@ def read_run(folder: Path) -> FinishedRun:
     try:
         manifest = json.loads(file.read_text())
         values = dict(manifest["recipe"])
+        for section in SECTIONS:
+            dict(manifest.get(section) or {})
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged") from None
     kind = Classification if "task" in values else LanguageModelling
@@ -79,7 +86,13 @@ def read_run(folder: Path) -> FinishedRun:
         differing = ", ".join(sorted(known ^ set(values)))
         raise UserError(f"{file}: its recipe is of another version of sora_hw (differing: {differing})")
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return FinishedRun(folder, manifest, kind(**{**values, **lists}))
+    try:
+        recipe = kind(**{**values, **lists})
+    except UserError as error:  # it speaks of a flag
+        raise UserError(f"{file}: its recipe does not exist here ({error})") from None
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"{file} is damaged") from None
+    return FinishedRun(folder, manifest, recipe)
 
 
 def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:

@@ -1,12 +1,14 @@
 """The scores of a run on disk: RUN/scores/scores.json, which scoring writes and tables, comparison and report read."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sora_hw.errors import UserError
+from sora_hw.evaluation.tasks import TASKS
 
 FOLDER, FILE = "scores", "scores.json"
 LIKELIHOOD, GENERATION = "likelihood", "generation"  # protocols: the harness' log-likelihoods; LLM-Adapters' answers
@@ -41,7 +43,10 @@ def read_scores(folder: Path) -> list[Score]:
     if not file.exists():
         return []
     try:
-        return [Score(**score) for score in json.loads(file.read_text())["scores"]]
+        scores = [Score(**score) for score in json.loads(file.read_text())["scores"]]
+        if all(score.task in TASKS and math.isfinite(score.value) and score.records > 0 for score in scores):
+            return scores
+        raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged; score the run again") from None
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import statistics
 import time
@@ -12,8 +13,10 @@ from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from sora_hw.analysis.figures import COLOURS, Series, draw_all
 from sora_hw.analysis.spectrum import LayerSpectrum
@@ -65,18 +68,23 @@ def read_spectrum(run: FinishedRun) -> Spectrum | None:
             LayerSpectrum(**{**each, **{name: tuple(each[name]) for name in ("shape", "singular_values")}})
             for each in content["layers"]
         ]
+        if not layers or not all(math.isfinite(each.entropy + each.stable_rank + each.norm) for each in layers):
+            raise ValueError
         return Spectrum(content["method"], content["recipe"], content["seed"], content["trained"], layers)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged; delete it and run `sora-hw spectrum {run.path}`") from None
 
 
 def _write_spectrum(run: FinishedRun, spectrum: Spectrum) -> None:
-    """Write spectrum.json into the run's folder, whole or not at all."""
+    """Write spectrum.json into the run's folder, whole or not at all. Raises UserError where it cannot be written."""
     means = {"mean_entropy": spectrum.mean_entropy, "mean_stable_rank": spectrum.mean_stable_rank}
     content = {"version": VERSION, **asdict(spectrum), **means}
     aside = run.path / f"{FILE}.part"
-    aside.write_text(json.dumps(content, allow_nan=False) + "\n")
-    os.replace(aside, run.path / FILE)
+    try:
+        aside.write_text(json.dumps(content, allow_nan=False) + "\n")
+        os.replace(aside, run.path / FILE)
+    except OSError as error:
+        raise UserError(f"{run.path / FILE} cannot be written ({error.strerror})") from None
 
 
 def show_spectra(folders: Sequence[Path], output: Path | None, console: Console) -> None:
@@ -88,7 +96,7 @@ def show_spectra(folders: Sequence[Path], output: Path | None, console: Console)
     """
     runs = [run for run in read_runs(folders) if not _left_out(run, console)]
     if not runs:
-        raise UserError("every run has diverged: there is nothing whose spectrum could be computed")
+        raise UserError("none of the runs has finished: there is nothing whose spectrum could be computed")
     output = output or (runs[0].path if len(runs) == 1 else RUNS / "spectra")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -97,15 +105,20 @@ def show_spectra(folders: Sequence[Path], output: Path | None, console: Console)
     spectra = [(run, spectrum_of(run, console)) for run in runs]
     series = _series(spectra)
     console.print(_table(series), soft_wrap=True)
-    for file in draw_all(series, output):
+    try:
+        drawn = draw_all(series, output)
+    except OSError as error:
+        raise UserError(f"--output {output}: the figures cannot be written ({error.strerror})") from None
+    for file in drawn:
         console.print(f"{file}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _left_out(run: FinishedRun, console: Console) -> bool:
-    diverged = run.status == "diverged"
-    if diverged:
-        console.print(f"{run.path}: has diverged, left out", markup=False, highlight=False, soft_wrap=True)
-    return diverged
+    unfinished = run.status != "finished"
+    if unfinished:
+        why = "has diverged" if run.status == "diverged" else "is unfinished"
+        console.print(f"{run.path}: {why}, left out", markup=False, highlight=False, soft_wrap=True)
+    return unfinished
 
 
 def spectrum_of(run: FinishedRun, console: Console) -> Spectrum:
@@ -146,7 +159,7 @@ def _progress(run: FinishedRun, console: Console) -> Iterator[Watch]:
     """A bar on a terminal, now and then a line elsewhere."""
     if console.is_terminal:
         with Progress(console=console, transient=True) as bar:
-            task = bar.add_task(run.path.name)
+            task = bar.add_task(escape(run.path.name))
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     printed = time.monotonic()
@@ -189,7 +202,7 @@ def _table(series: Sequence[Series]) -> Table:
         table.add_column(column)
     for each in series:
         spreads = [_shown(each.means(attribute)) for attribute in ("entropy", "stable_rank")]
-        table.add_row(each.task, each.label, str(len(each.runs)), *spreads)
+        table.add_row(Text(each.task), Text(each.label), str(len(each.runs)), *spreads)
     return table
 
 

@@ -180,5 +180,5 @@ def write_tables(tables: Sequence[Table], folder: Path) -> None:
     """Write table.md, table.csv and table.json into `folder`, each whole or not at all."""
     for ending, text in (("md", markdown(tables)), ("csv", as_csv(tables)), ("json", as_json(tables))):
         aside = folder / f"table.{ending}.part"
-        aside.write_text(text)
+        aside.write_text(text, encoding="utf-8")
         os.replace(aside, folder / f"table.{ending}")

@@ -206,3 +206,15 @@ def test_every_format(tmp_path, capsys):
     assert json.loads(printed["json"])[0]["rows"][0]["cells"]["RTE"]["paper"] == 87.9
     assert main(["compare", folder]) == 0
     assert capsys.readouterr().out == printed["terminal"]
+
+
+def test_the_speed_of_a_resumed_run_is_not_known(tmp_path, capsys):
+    for rank in (1, 4):
+        folder = run(tmp_path / str(rank), replace(glue.recipe("rte"), rotation_rank=rank), 0.5)
+        if rank == 4:  # its seconds are those of what was left, perhaps of nothing
+            manifest = json.loads((folder / "run.json").read_text())
+            manifest["results"]["seconds"] = 0.0
+            (folder / "run.json").write_text(json.dumps({**manifest, "resumed_from": "checkpoint-100"}))
+    found = rows([tmp_path / "1", tmp_path / "4"], capsys)
+    speeds = {row["rotation rank"]: row["mean"] for row in found if row["column"] == "steps/s" and row["mean"]}
+    assert speeds == {"1": "2.0"}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -67,7 +68,27 @@ def test_errors_are_one_line(tmp_path, embedded_run, capfd):
         ((tmp_path, "why?"), "is a run of GLUE"),
         ((embedded_run, " "), "a question is empty"),
         ((embedded_run, "why?", "--max-new-tokens", 0), "--max-new-tokens 0: must be at least 1"),
+        ((embedded_run, "why?", "--max-new-tokens", 100_000), "question and answer together may have"),
     ):
         assert ask(*arguments) == 2
         out, err = capfd.readouterr()
         assert out == "" and said in err and err.count("\n") == 1
+
+
+def test_an_adapter_that_cannot_be_loaded(tmp_path, embedded_run, capfd):
+    def config(**changes):
+        return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    for number, (name, damage, said) in enumerate(
+        (
+            ("adapter_model.safetensors", lambda file: file.write_bytes(b"x"), "is damaged"),
+            ("adapter_config.json", lambda file: file.write_text("{"), "is damaged"),
+            ("adapter_config.json", config(r=4), "of another model"),
+            ("adapter_config.json", lambda file: file.unlink(), "there is no adapter_config.json"),
+        )
+    ):
+        run = shutil.copytree(embedded_run, tmp_path / str(number), ignore=shutil.ignore_patterns("scores"))
+        damage(run / "adapter" / name)
+        assert ask(run, "why?", "--backend", "cpu") == 2
+        out, err = capfd.readouterr()
+        assert out == "" and str(run / "adapter") in err and said in err and err.count("\n") == 1

@@ -49,6 +49,9 @@ def test_a_sweep_is_its_runs(tmp_path):
         ("[]", "is damaged"),
         ('{"recipe": 3}', "is damaged"),
         ('{"recipe": {"name": "x"}}', "another version of sora_hw"),
+        (json.dumps({"recipe": {**asdict(commonsense.embedded()), "rank": "x"}}), "is damaged"),
+        (json.dumps({"recipe": {**asdict(commonsense.embedded()), "method": "x"}}), "run.json: its recipe"),
+        (json.dumps({"recipe": asdict(commonsense.embedded()), "results": [1]}), "is damaged"),
     ],
 )
 def test_what_is_no_run(tmp_path, content, message):
@@ -63,8 +66,9 @@ def test_a_folder_without_runs(tmp_path):
         read_runs([tmp_path])
 
 
-def test_a_damaged_history(tmp_path):
+@pytest.mark.parametrize("content", ["{", '{"log_history": [1]}', '{"log_history": [{"loss": 1.0}]}'])
+def test_a_damaged_history(tmp_path, content):
     run = read_run(make_run(tmp_path / "run", commonsense.embedded()))
-    (run.path / "trainer_state.json").write_text("{")
+    (run.path / "trainer_state.json").write_text(content)
     with pytest.raises(UserError, match="is damaged"):
         _ = run.history

@@ -6,6 +6,7 @@ Whatever comes from a run's files is text to the browser: Jinja escapes it. What
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -191,5 +192,6 @@ def write_page(page: Page, file: Path) -> None:
         aside.write_text(html(page), encoding="utf-8")
         os.replace(aside, file)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise UserError(f"{file} cannot be written ({error.strerror})") from None
