@@ -1,6 +1,7 @@
 """What every test room shares: the markers, the reasons for skipping, and the folder with the shared data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, missing in (("gpu", _missing_gpu), ("npu", _missing_npu), ("shared_data", _missing_data)):
         if item.get_closest_marker(marker) and (reason := missing()):
             pytest.skip(f"{MARKERS[marker]}: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a program sets in this process (the command line chooses DeepSpeed's accelerator) no later test sees."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
