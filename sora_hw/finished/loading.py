@@ -6,7 +6,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -45,13 +44,7 @@ def load(recipe: Recipe, run: FinishedRun | None, profile: Profile, device: torc
     if run is not None:
         if recipe.method != FULL and not (run.trained / ADAPTER_CONFIG).is_file():
             raise UserError(f"{run.trained}: the adapter is missing (there is no {ADAPTER_CONFIG})")
-        try:
-            model = load_trained(base, model, run.trained, profile)
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{run.trained}: what was trained is damaged, or of another model ({reason})") from None
+        model = load_trained(base, model, run.trained, profile)
     return Loaded(model.to(device).eval(), tokenizer)
 
 

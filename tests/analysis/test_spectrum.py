@@ -206,3 +206,21 @@ def test_theorem_1_for_weights(r, rest, size, weight, up, data):
     expected = torch.cat([(factors * (norms + size) - norms)[:r], ((factors - 1).abs() * norms)[r:]])
     assert torch.allclose(sigma, expected.sort(descending=True).values, rtol=0, atol=1e-12)
     assert singular_value_entropy(sigma) > singular_value_entropy(low_rank) == pytest.approx(math.log(r), abs=1e-12)
+
+
+@pytest.mark.parametrize("spike", [0.0, 1.0, 1e3, 1e8])
+@pytest.mark.parametrize(("out", "inn"), [(96, 96), (64, 128), (128, 64)])
+def test_small_values_keep_their_digits(out, inn, spike):
+    """Beside 4 directions `spike` times as large: from squares where those suffice, otherwise from the matrix."""
+    generator = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(out, 4, generator=generator).double() @ torch.randn(4, inn, generator=generator).double()
+    update = torch.randn(out, inn, generator=generator).double() + spike * low_rank
+    expected = numpy.linalg.svd(update.numpy(), compute_uv=False)
+    assert numpy.abs(singular_values(update).numpy() - expected).max() <= 1e-10 * expected[0]
+    assert numpy.abs(singular_values(1e-170 * update).numpy() - 1e-170 * expected).max() <= 1e-180 * expected[0]
+
+
+def test_a_rank_that_is_lacking_is_not_made_up():
+    left, right = torch.randn(64, 5).double(), torch.randn(5, 48).double()
+    found = singular_values(left @ right)
+    assert (found[5:] <= 1e-13 * found[0]).all()

@@ -81,9 +81,9 @@ def test_an_adapter_that_cannot_be_loaded(tmp_path, embedded_run, capfd):
 
     for number, (name, damage, said) in enumerate(
         (
-            ("adapter_model.safetensors", lambda file: file.write_bytes(b"x"), "is damaged"),
-            ("adapter_config.json", lambda file: file.write_text("{"), "is damaged"),
-            ("adapter_config.json", config(r=4), "of another model"),
+            ("adapter_model.safetensors", lambda file: file.write_bytes(b"x"), "cannot be loaded onto this model"),
+            ("adapter_config.json", lambda file: file.write_text("{"), "cannot be loaded onto this model"),
+            ("adapter_config.json", config(r=4), "cannot be loaded onto this model"),
             ("adapter_config.json", lambda file: file.unlink(), "there is no adapter_config.json"),
         )
     ):

@@ -236,7 +236,7 @@ def test_what_is_refused(tmp_path, llama, gpt2, capsys):
     assert "the folder cannot be made" in refused(capsys, run, "--output", tmp_path / "file")
 
     manifest.write_text(said.replace("finished", "diverged"))
-    assert "every run has diverged" in refused(capsys, run)
+    assert "none of the runs has finished" in refused(capsys, run)
     manifest.write_text(said.replace(str(llama), str(tmp_path / "gone")))
     assert "no such folder" in refused(capsys, run)
     manifest.write_text(said.replace(str(llama), str(gpt2)))
