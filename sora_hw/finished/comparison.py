@@ -94,13 +94,13 @@ def _setting(pool: Sequence[FinishedRun], remarks: list[str]) -> Setting | None:
     together = _together([scored for scored in scores if scored])
     if not together:
         return None
-    results = [run.results for run in finished]
+    rates = [rate for run in finished if (rate := run.results.get("trainable_percent")) is not None]
     # What a resumed run measured is the time of its last steps alone.
-    timed = [run.results for run in finished if not run.manifest.get("resumed_from") and run.results["seconds"]]
+    timed = [run.results for run in finished if not run.manifest.get("resumed_from") and run.results.get("seconds")]
     return Setting(
         done[0].recipe,
         together,
-        rate=statistics.fmean(result["trainable_percent"] for result in results),
+        rate=statistics.fmean(rates) if rates else None,
         speed=statistics.fmean(result["steps"] / result["seconds"] for result in timed) if timed else None,
     )
 
@@ -156,7 +156,7 @@ def _best(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
 def _scores(run: FinishedRun) -> dict[Measure, Sample]:
     """What one run scored: GLUE's metric in its run.json, everything else where launchers/score.py has written it."""
     if isinstance(run.recipe, Classification):
-        test = run.results["test"]
+        test = run.results.get("test") or {}
         return {Measure(GLUE, run.recipe.task): Sample((value,)) for value in test.values() if value is not None}
     return samples(read_scores(run.path / FOLDER))
 

@@ -35,6 +35,7 @@ def embedded_run(tmp_path_factory) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(folder / "adapter")
     manifest = {"recipe": asdict(recipe), "status": "finished", "device": "cpu"}
+    manifest["results"] = {"steps": 150, "final_loss": 0.5, "seconds": 75.0, "trainable_percent": 4.0, "test": {}}
     manifest["profile"] = {"dtype": "float32", "four_bit": False}
     (folder / "run.json").write_text(json.dumps(manifest))
     return folder

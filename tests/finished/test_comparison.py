@@ -218,3 +218,11 @@ def test_the_speed_of_a_resumed_run_is_not_known(tmp_path, capsys):
     found = rows([tmp_path / "1", tmp_path / "4"], capsys)
     speeds = {row["rotation rank"]: row["mean"] for row in found if row["column"] == "steps/s" and row["mean"]}
     assert speeds == {"1": "2.0"}
+
+
+def test_a_run_that_measured_neither_speed_nor_rate(tmp_path, capsys):
+    folder = run(tmp_path / "run", glue.recipe("rte"), 0.5)
+    manifest = json.loads((folder / "run.json").read_text())
+    del manifest["results"]["seconds"], manifest["results"]["trainable_percent"]
+    (folder / "run.json").write_text(json.dumps(manifest))
+    assert [row["mean"] for row in rows([folder], capsys) if row["column"] == "RTE"] == ["50.0"]
