@@ -7,7 +7,6 @@ scores.json                    see `scores`
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from sora_hw.errors import UserError
 from sora_hw.finished.scores import FILE, GENERATION, LIKELIHOOD
+from sora_hw.storage import write_whole
 
 IDENTITY = "scored.json"
 
@@ -70,11 +70,7 @@ class PredictionFile:
         return [found[number] for number in range(records)]
 
     def _write(self, file: Path, predictions: Iterable[tuple[int, Mapping[str, object]]]) -> None:
-        aside = file.with_name(f"{file.name}.aside")
-        with open(aside, "w", encoding="utf-8") as opened:
-            for number, prediction in predictions:
-                opened.write(_line(number, prediction))
-        os.replace(aside, file)
+        write_whole(file, "".join(_line(number, prediction) for number, prediction in predictions))
 
 
 class Appender:
@@ -128,9 +124,7 @@ def take_folder(folder: Path, model: Mapping[str, object], questions: Mapping[st
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: the folder cannot be made ({error.strerror})") from None
-    aside = folder / f"{IDENTITY}.part"
-    aside.write_text(json.dumps({"model": model, "questions": questions}, indent=2) + "\n")
-    os.replace(aside, folder / IDENTITY)
+    write_whole(folder / IDENTITY, json.dumps({"model": model, "questions": questions}, indent=2) + "\n")
 
 
 def _read_identity(folder: Path) -> dict[str, dict[str, object]] | None:

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sora_hw.errors import UserError
 from sora_hw.evaluation.tasks import TASKS
+from sora_hw.storage import write_whole
 
 FOLDER, FILE = "scores", "scores.json"
 LIKELIHOOD, GENERATION = "likelihood", "generation"  # protocols: the harness' log-likelihoods; LLM-Adapters' answers
@@ -32,9 +32,7 @@ class Score:
 def write_scores(folder: Path, scores: Sequence[Score], facts: Mapping[str, object]) -> None:
     """Write scores.json into `folder`, whole or not at all; `facts` say what was scored, where, and on which data."""
     content = {**facts, "scores": [asdict(score) for score in scores]}
-    aside = folder / f"{FILE}.part"
-    aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(aside, folder / FILE)
+    write_whole(folder / FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_scores(folder: Path) -> list[Score]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from sora_hw.errors import UserError
 from sora_hw.finished.layer_spectra import Watch, layer_spectra
 from sora_hw.finished.run import FinishedRun, read_runs
 from sora_hw.recipes.recipe import Recipe
+from sora_hw.storage import write_whole
 from sora_hw.training.run_folder import RUNS
 
 FILE = "spectrum.json"
@@ -79,12 +79,7 @@ def _write_spectrum(run: FinishedRun, spectrum: Spectrum) -> None:
     """Write spectrum.json into the run's folder, whole or not at all. Raises UserError where it cannot be written."""
     means = {"mean_entropy": spectrum.mean_entropy, "mean_stable_rank": spectrum.mean_stable_rank}
     content = {"version": VERSION, **asdict(spectrum), **means}
-    aside = run.path / f"{FILE}.part"
-    try:
-        aside.write_text(json.dumps(content, allow_nan=False) + "\n")
-        os.replace(aside, run.path / FILE)
-    except OSError as error:
-        raise UserError(f"{run.path / FILE} cannot be written ({error.strerror})") from None
+    write_whole(run.path / FILE, json.dumps(content, allow_nan=False) + "\n")
 
 
 def show_spectra(folders: Sequence[Path], output: Path | None, console: Console) -> None:

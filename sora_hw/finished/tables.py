@@ -6,7 +6,6 @@ Every figure is in percent unless the table says otherwise, and is shown with tw
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from rich import box
 from rich import table as rich_table
 from rich.console import Console
 from rich.text import Text
+
+from sora_hw.storage import write_whole
 
 NONE = "-"
 DECIMALS = 4  # of the figures in files
@@ -179,6 +180,4 @@ FORMATS = {"markdown": markdown, "csv": as_csv, "json": as_json}  # beside the t
 def write_tables(tables: Sequence[Table], folder: Path) -> None:
     """Write table.md, table.csv and table.json into `folder`, each whole or not at all."""
     for ending, text in (("md", markdown(tables)), ("csv", as_csv(tables)), ("json", as_json(tables))):
-        aside = folder / f"table.{ending}.part"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, folder / f"table.{ending}")
+        write_whole(folder / f"table.{ending}", text)

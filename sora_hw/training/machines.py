@@ -14,6 +14,7 @@ from sora_hw.devices.detect import DEVICES
 from sora_hw.devices.device import Device
 from sora_hw.errors import UserError
 from sora_hw.hardware import PROFILES, Profile
+from sora_hw.storage import write_whole
 from sora_hw.training.plan import Plan
 from sora_hw.training.prepare import Prepared
 
@@ -109,12 +110,7 @@ def write_deepspeed_env(variables: Mapping[str, str], folder: Path) -> Path:
             )
     file = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     _check_ours(file)
-    aside = file.with_name(f"{file.name}.part")
-    try:
-        aside.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-        os.replace(aside, file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror})") from None
+    write_whole(file, "".join(f"{name}={value}\n" for name, value in variables.items()))
     return file
 
 

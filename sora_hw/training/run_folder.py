@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, RUN, Recipe
+from sora_hw.storage import write_whole
 from sora_hw.training.arguments import NEWEST, Request
 from sora_hw.training.plan import Plan
 
@@ -50,9 +51,7 @@ class RunFolder:
 
     def write_manifest(self, manifest: Mapping[str, object]) -> None:
         """Write run.json whole or not at all."""
-        aside = self.path / f"{MANIFEST}.part"
-        aside.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
-        os.replace(aside, self.path / MANIFEST)
+        write_whole(self.path / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
 
 def fingerprint(plan: Plan, steps: int, checksum: str) -> dict[str, object]:

@@ -1,7 +1,6 @@
 """What came of a sweep: a row for every setting, its seeds together, as a table on the terminal, Markdown and JSON."""
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import Recipe
+from sora_hw.storage import write_whole
 
 SUMMARY = "summary"
 
@@ -127,17 +127,10 @@ def report(recipe: Recipe, outcomes: Sequence[Outcome], folder: Path, console: C
     console.print(table, soft_wrap=True)
     lines = [columns, ["---"] * len(columns), *cells]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-    _write(folder / f"{SUMMARY}.md", f"# {title}\n\n{text}")
+    write_whole(folder / f"{SUMMARY}.md", f"# {title}\n\n{text}")
     facts = {"recipe": recipe.name, "method": recipe.method, "finished": finished}
     facts |= {"rows": [asdict(row) for row in rows], "runs": [str(outcome.folder) for outcome in outcomes]}
-    _write(folder / f"{SUMMARY}.json", json.dumps(facts, indent=2) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    aside = file.with_name(f"{file.name}.part")
-    aside.write_text(text)
-    os.replace(aside, file)
+    write_whole(folder / f"{SUMMARY}.json", json.dumps(facts, indent=2) + "\n")
 
 
 def _cells(row: Row, names: Sequence[str]) -> list[str]:

@@ -3,10 +3,8 @@
 Whatever comes from a run's files is text to the browser: Jinja escapes it. What looks like a secret is left out.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import ClassVar, Protocol
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from sora_hw.errors import UserError
 from sora_hw.finished.tables import Table
+from sora_hw.storage import write_whole
 
 HIDDEN = "(hidden)"
 # Access tokens by their makers' prefixes, JSON web tokens, and what stands before the @ of an address.
@@ -187,11 +185,4 @@ def _clean(value: object) -> object:
 
 def write_page(page: Page, file: Path) -> None:
     """Write the page whole or not at all. Raises UserError where it cannot be written."""
-    aside = file.with_name(f"{file.name}.part")
-    try:
-        aside.write_text(html(page), encoding="utf-8")
-        os.replace(aside, file)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        raise UserError(f"{file} cannot be written ({error.strerror})") from None
+    write_whole(file, html(page))
