@@ -30,7 +30,7 @@ from sora_hw import __version__
 from sora_hw.devices.cpu import CPU
 from sora_hw.devices.detect import BACKENDS
 from sora_hw.doctor import examine, ready
-from sora_hw.errors import UserError
+from sora_hw.errors import Parser, UserError
 from sora_hw.recipes import BENCHMARKS
 
 
@@ -47,13 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sora-hw", description="Weight-conditioned adapters: tools beside training.")
+    parser = Parser(prog="sora-hw", description="Weight-conditioned adapters: tools beside training.")
     parser.add_argument("--version", action="version", version=f"sora-hw {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     looking = (_add_generate, _add_compare, _add_spectrum, _add_report)
@@ -85,6 +80,7 @@ def _add_generate(commands) -> None:
     command.add_argument("questions", nargs="*", metavar="QUESTION", help="[the standard input is one]")
     command.add_argument("--backend", choices=BACKENDS, default="auto", help="device type to run on [auto]")
     command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer in tokens [128]")
+    _add_model(command)
     command.set_defaults(run=generate)
 
 
@@ -103,6 +99,7 @@ def _add_spectrum(commands) -> None:
     command.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for the figures; a single run's folder, otherwise runs/spectra"
     )
+    _add_model(command)
     command.set_defaults(run=spectrum)
 
 
@@ -133,8 +130,12 @@ def _add_conversion(commands, name: str, run: Callable, source: str, help: str) 
     command = commands.add_parser(name, help=help)
     command.add_argument("source", type=Path, metavar="FOLDER", help=source)
     command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    command.add_argument("--model", metavar="FOLDER_OR_ID", help="the base model [the one it was trained on]")
+    _add_model(command)
     command.set_defaults(run=run)
+
+
+def _add_model(command) -> None:
+    command.add_argument("--model", metavar="FOLDER_OR_ID", help="the base model [the one it was trained on]")
 
 
 def plan(arguments: argparse.Namespace, console: Console) -> int:
@@ -174,7 +175,7 @@ def spectrum(arguments: argparse.Namespace, console: Console) -> int:
     from sora_hw.training.ranks import silence
 
     silence()
-    show_spectra(arguments.runs, arguments.output, console)
+    show_spectra(arguments.runs, arguments.output, console, arguments.model)
     return 0
 
 
@@ -186,7 +187,8 @@ def generate(arguments: argparse.Namespace, console: Console) -> int:
     launch.silence()
     questions = arguments.questions or [sys.stdin.read()]
     told = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    for answer in generate(arguments.folder, questions, arguments.backend, arguments.max_new_tokens, told):
+    limit, model = arguments.max_new_tokens, arguments.model
+    for answer in generate(arguments.folder, questions, arguments.backend, limit, told, model):
         print(answer)
     return 0
 

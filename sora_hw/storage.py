@@ -1,5 +1,6 @@
-"""Files that are on the disk whole or not at all."""
+"""Files that are on the disk whole or not at all, and what tells them from others."""
 
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -34,3 +35,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def checksum(folder: Path, *patterns: str) -> str:
+    """SHA-256 of the names and the contents of the files in `folder` that match any of the glob patterns."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        with open(file, "rb") as opened:
+            digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -56,12 +56,12 @@ def find_adapter(path: Path, model: str | None) -> Adapter:
     Raises UserError where there is none, or its base model is not to be found or quantised.
     """
     if (path / MANIFEST).exists():
-        run = read_run(path)
+        run = read_run(path, model)
         if run.recipe.method == FULL:
             raise UserError(f"{path}: full fine-tuning leaves no adapter but a plain model, {path / MODEL}")
         folder = run.trained
         config = read_config(folder)
-        base = find(model or run.recipe.model, objective_of(run.recipe))
+        base = find(run.recipe.model, objective_of(run.recipe))
     else:
         folder = path
         config = read_config(folder)

@@ -17,10 +17,18 @@ from sora_hw.training.report import kernels
 from sora_hw.versions import check_versions
 
 
-def generate(folder: Path, questions: Sequence[str], backend: str, max_new_tokens: int, console: Console) -> list[str]:
+def generate(
+    folder: Path,
+    questions: Sequence[str],
+    backend: str,
+    max_new_tokens: int,
+    console: Console,
+    model: str | None = None,
+) -> list[str]:
     """The answer to each question, in the prompt format that the run in `folder` was trained with, decoded greedily.
 
     console: is told what runs where.
+    model: the base model, where it has moved from where run.json names it.
     Raises UserError for a run that has left nothing, or whose model does not answer questions.
     """
     check_versions(unneeded=("deepspeed",))
@@ -29,7 +37,7 @@ def generate(folder: Path, questions: Sequence[str], backend: str, max_new_token
     if not all(question.strip() for question in questions):
         raise UserError("a question is empty")
     device = select(backend)
-    run = read_run(folder)
+    run = read_run(folder, model)
     if isinstance(run.recipe, Classification):
         raise UserError(f"{folder} is a run of GLUE: it labels sentences, and has no answers to questions")
     profile = profile_for(run, device)

@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,11 +13,12 @@ from sora_hw.errors import UserError
 from sora_hw.finished.run import FinishedRun
 from sora_hw.hardware import Profile, choose
 from sora_hw.recipes.recipe import FULL, Recipe
+from sora_hw.storage import checksum
 from sora_hw.training.base_model import check_model, find, load_model, load_tokenizer
 from sora_hw.training.objectives import objective_of
-from sora_hw.training.saving import load_trained
+from sora_hw.training.saving import ADAPTER_CONFIG, load_trained
 
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,13 @@ def profile_for(run: FinishedRun | None, device: Device) -> Profile:
 def weights(recipe: Recipe, run: FinishedRun | None) -> str:
     """SHA-256 of the files that `load` takes weights from, and of the configuration of what was trained, by which an
     adapter acts; of a model on the hub, of its name and commit."""
-    digest = hashlib.sha256()
+    parts = []
     if run is None or recipe.method != FULL:
         base = find(recipe.model, objective_of(recipe))
         if Path(base.source).is_dir():
-            _add_files(digest, Path(base.source))
+            parts.append(checksum(Path(base.source), *WEIGHTS))
         else:
-            digest.update(f"{base.source} {getattr(base.config, '_commit_hash', None)}".encode())
+            parts.append(f"{base.source} {getattr(base.config, '_commit_hash', None)}")
     if run is not None:
-        _add_files(digest, run.trained, "*config.json")
-    return digest.hexdigest()
-
-
-def _add_files(digest, folder: Path, *more: str) -> None:
-    for file in sorted(chain.from_iterable(map(folder.glob, ("*.safetensors", "*.bin", *more)))):
-        with open(file, "rb") as opened:
-            digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+        parts.append(checksum(run.trained, *WEIGHTS, "*config.json"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

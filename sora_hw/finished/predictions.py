@@ -8,7 +8,7 @@ scores.json                    see `scores`
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,9 +20,11 @@ IDENTITY = "scored.json"
 
 
 class PredictionFile:
-    """The predictions of one task under one protocol, by the numbers of the records; `name` is "PROTOCOL/TASK"."""
+    """The predictions of one task under one protocol, by the numbers of the records; `name` is "PROTOCOL/TASK", and
+    `metrics` the fields that must say of each whether it is right."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, metrics: Sequence[str]):
+        self.metrics = metrics
         self.name, self.whole = name, folder / f"{name}.jsonl"
 
     def _part(self, of: int | str) -> Path:
@@ -39,11 +41,11 @@ class PredictionFile:
                     part.unlink()
 
     def read(self) -> dict[int, dict[str, object]]:
-        """All that was predicted. A line that was not written to its end is left out: its record is asked again."""
+        """All that was predicted. A line that is not whole is left out: its record is asked again."""
         found: dict[int, dict[str, object]] = {}
         for file in (self.whole, *sorted(self.whole.parent.glob(f"{self.whole.stem}.part-*.jsonl"))):
             if file.exists():
-                found |= _lines(file)
+                found |= self._lines(file)
         return found
 
     @contextmanager
@@ -69,6 +71,17 @@ class PredictionFile:
             part.unlink()
         return [found[number] for number in range(records)]
 
+    def _lines(self, file: Path) -> dict[int, dict[str, object]]:
+        found = {}
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                prediction = json.loads(line)
+                if all(isinstance(prediction[metric], bool) for metric in self.metrics):
+                    found[prediction.pop("number")] = prediction
+            except (ValueError, LookupError, TypeError, AttributeError):
+                continue
+        return found
+
     def _write(self, file: Path, predictions: Iterable[tuple[int, Mapping[str, object]]]) -> None:
         write_whole(file, "".join(_line(number, prediction) for number, prediction in predictions))
 
@@ -86,17 +99,6 @@ class Appender:
 
 def _line(number: int, prediction: Mapping[str, object]) -> str:
     return json.dumps({"number": number, **prediction}, ensure_ascii=False) + "\n"
-
-
-def _lines(file: Path) -> dict[int, dict[str, object]]:
-    found = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            prediction = json.loads(line)
-            found[prediction.pop("number")] = prediction
-        except (ValueError, LookupError, TypeError, AttributeError):
-            continue
-    return found
 
 
 def take_folder(folder: Path, model: Mapping[str, object], questions: Mapping[str, str], overwrite: bool) -> None:

@@ -68,8 +68,11 @@ class FinishedRun:
             raise UserError(f"{file} is damaged") from None
 
 
-def read_run(folder: Path) -> FinishedRun:
-    """The run in `folder`. Raises UserError where there is none, or its run.json is damaged or of another version."""
+def read_run(folder: Path, model: str | None = None) -> FinishedRun:
+    """The run in `folder`, on the base model `model` where that has moved from where run.json names it.
+
+    Raises UserError where there is none, or its run.json is damaged or of another version.
+    """
     file = folder / MANIFEST
     if not file.exists():
         raise UserError(f"{folder}: no run there (it has no {MANIFEST})")
@@ -87,7 +90,7 @@ def read_run(folder: Path) -> FinishedRun:
         raise UserError(f"{file}: its recipe is of another version of sora_hw (differing: {differing})")
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     try:
-        recipe = kind(**{**values, **lists})
+        recipe = kind(**{**values, **lists, "model": model or values["model"]})
     except UserError as error:  # it speaks of a flag
         raise UserError(f"{file}: its recipe does not exist here ({error})") from None
     except (TypeError, ValueError, KeyError):
@@ -95,10 +98,9 @@ def read_run(folder: Path) -> FinishedRun:
     return FinishedRun(folder, manifest, recipe)
 
 
-def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
-    """The runs in `folders`, each of which holds one, or is that of a sweep and holds several.
-
-    Raises UserError for a folder with neither.
+def read_runs(folders: Sequence[Path], model: str | None = None) -> list[FinishedRun]:
+    """The runs in `folders`, each of which holds one, or is that of a sweep and holds several; `model` as `read_run`
+    has it. Raises UserError for a folder with neither.
     """
     runs = []
     for folder in folders:
@@ -107,5 +109,5 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
         )
         if not inside:
             raise UserError(f"{folder}: neither a run nor a sweep (no {MANIFEST} in it or one folder below)")
-        runs += map(read_run, inside)
+        runs += [read_run(each, model) for each in inside]
     return runs

@@ -65,7 +65,8 @@ def score(request: Request) -> None:
     start_without_engine(device, profile)
     here = device.torch_device(rank_here())
     scorers = _scorers(asked, load(recipe, run, profile, here), here, request.batch_size)
-    files = [PredictionFile(request.folder, piece.name) for piece in asked]
+    named = zip(asked, scorers, strict=True)
+    files = [PredictionFile(request.folder, piece.name, scorer.metrics) for piece, scorer in named]
     known = {"model": recipe.model, "weights": weights(recipe, run), "device": device.type, "dtype": profile.dtype}
     known |= {"four_bit": profile.four_bit}
     if dist.get_rank() == 0:

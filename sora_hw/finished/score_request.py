@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sora_hw.data.records import ChoiceRecord, Record, read_choices, read_questions
 from sora_hw.devices.detect import BACKENDS
-from sora_hw.errors import UserError
+from sora_hw.errors import Parser, UserError
 from sora_hw.evaluation.answers import check_gold
 from sora_hw.evaluation.tasks import COMMONSENSE, MATH, TASKS, Task
 from sora_hw.finished.run import FinishedRun
@@ -60,14 +60,9 @@ class Piece:
         return f"{self.protocol}/{self.task.name}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
 def parse(argv: Sequence[str] | None = None) -> Request:
     """The request of `argv` (default: the command line). Raises UserError for flags and values that do not exist."""
-    parser = _Parser(
+    parser = Parser(
         description="Score what a run has trained, or a base model, on the tasks of the paper.", allow_abbrev=False
     )
     what = parser.add_mutually_exclusive_group(required=True)

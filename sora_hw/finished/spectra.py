@@ -1,6 +1,5 @@
 """The spectra of what runs have learned: RUN/spectrum.json, a table, and the paper's figures of them."""
 
-import hashlib
 import json
 import math
 import statistics
@@ -8,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -23,11 +21,12 @@ from sora_hw.errors import UserError
 from sora_hw.finished.layer_spectra import Watch, layer_spectra
 from sora_hw.finished.run import FinishedRun, read_runs
 from sora_hw.recipes.recipe import Recipe
-from sora_hw.storage import write_whole
+from sora_hw.storage import checksum, write_whole
 from sora_hw.training.run_folder import RUNS
 
 FILE = "spectrum.json"
 VERSION = 1
+IDENTITY = ("*.safetensors", "*config.json")  # the files of what was trained that its spectrum is of
 PLAIN_SECONDS = 30  # between lines of progress where there is no terminal
 
 
@@ -62,7 +61,7 @@ def read_spectrum(run: FinishedRun) -> Spectrum | None:
         return None
     try:
         content = json.loads(file.read_text())
-        if content["version"] != VERSION or content["trained"] != _checksum(run.trained):
+        if content["version"] != VERSION or content["trained"] != checksum(run.trained, *IDENTITY):
             return None
         layers = [
             LayerSpectrum(**{**each, **{name: tuple(each[name]) for name in ("shape", "singular_values")}})
@@ -82,14 +81,15 @@ def _write_spectrum(run: FinishedRun, spectrum: Spectrum) -> None:
     write_whole(run.path / FILE, json.dumps(content, allow_nan=False) + "\n")
 
 
-def show_spectra(folders: Sequence[Path], output: Path | None, console: Console) -> None:
+def show_spectra(folders: Sequence[Path], output: Path | None, console: Console, model: str | None = None) -> None:
     """Compute the spectra of the runs in `folders`, runs or sweeps, print them in a table, and draw the figures.
 
     output: the folder for the figures; by default that of a single run, and runs/spectra for several.
+    model: the base model of all of them, where it has moved from where their run.json names it.
 
     Raises UserError where there is no run, or what one has trained or its base model is missing or damaged.
     """
-    runs = [run for run in read_runs(folders) if not _left_out(run, console)]
+    runs = [run for run in read_runs(folders, model) if not _left_out(run, console)]
     if not runs:
         raise UserError("none of the runs has finished: there is nothing whose spectrum could be computed")
     output = output or (runs[0].path if len(runs) == 1 else RUNS / "spectra")
@@ -127,7 +127,7 @@ def spectrum_of(run: FinishedRun, console: Console) -> Spectrum:
     if (spectrum := read_spectrum(run)) is None:
         with _progress(run, console) as watch:
             layers = layer_spectra(run, watch)
-        spectrum = Spectrum(run.recipe.method, run.recipe.name, run.recipe.seed, _checksum(trained), layers)
+        spectrum = Spectrum(run.recipe.method, run.recipe.name, run.recipe.seed, checksum(trained, *IDENTITY), layers)
         _write_spectrum(run, spectrum)
         how = f"{time.monotonic() - started:.1f} s"
     console.print(
@@ -138,15 +138,6 @@ def spectrum_of(run: FinishedRun, console: Console) -> Spectrum:
         soft_wrap=True,
     )
     return spectrum
-
-
-def _checksum(folder: Path) -> str:
-    """SHA-256 of the weights and the configuration in `folder`."""
-    digest = hashlib.sha256()
-    for file in sorted(chain(folder.glob("*.safetensors"), folder.glob("*config.json"))):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
 
 
 @contextmanager

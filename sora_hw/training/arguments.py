@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sora_hw.devices.detect import BACKENDS
-from sora_hw.errors import UserError
+from sora_hw.errors import Parser, UserError
 from sora_hw.hardware import HARDWARE as SETUPS
 from sora_hw.recipes.recipe import DATA, MODEL, OPTIMISATION, RUN, Recipe
 
@@ -35,11 +35,6 @@ class Request:
     report_to: str
     ranks: int | None
     argv: tuple[str, ...]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
 
 
 def parse(module: ModuleType, argv: Sequence[str] | None = None, ranks: int | None = None) -> Request:
@@ -80,7 +75,7 @@ def _given(values: Mapping[str, object], prefix: str) -> dict[str, object]:
 
 
 def _parser(module: ModuleType) -> argparse.ArgumentParser:
-    parser = _Parser(description=module.DESCRIPTION, allow_abbrev=False, add_help=False)
+    parser = Parser(description=module.DESCRIPTION, allow_abbrev=False, add_help=False)
     groups = {title: parser.add_argument_group(title) for title in (RUN, MODEL, DATA, OPTIMISATION, HARDWARE)}
     _add_run_flags(groups[RUN])
     recipe = module.recipe()

@@ -75,8 +75,8 @@ def _shown(value: float | None, form: str) -> str | None:
     return None if value is None else form.format(value)
 
 
-def draw_losses(history: Sequence[Mapping[str, float]], file: Path) -> None:
-    """The loss curve as a PNG, the validation losses as points on it."""
+def draw_losses(history: Sequence[Mapping[str, float]], unit: str, file: Path) -> None:
+    """The loss curve as a PNG, the validation losses as points on it; `unit` is that of the losses."""
     matplotlib.use("Agg")
     from matplotlib import pyplot  # chooses its backend while it is imported
 
@@ -85,7 +85,7 @@ def draw_losses(history: Sequence[Mapping[str, float]], file: Path) -> None:
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+    axes.set(xlabel="optimiser step", ylabel=f"loss ({unit})")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

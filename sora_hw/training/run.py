@@ -174,7 +174,7 @@ def finish(job: Job, trainer: Trainer, clock: Clock) -> dict[str, object]:
     trainer.save_state()
     history = trainer.state.log_history
     if dist.get_rank() == 0:
-        draw_losses(history, job.folder.path / CURVE)
+        draw_losses(history, job.objective.loss_unit, job.folder.path / CURVE)
     demo = None
     if job.plan.recipe.asks_embedded_questions:
         demo = asdict(score_demo(job.base, job.tokenizer, trained, job.plan.profile, trainer.args.device))

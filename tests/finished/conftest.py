@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from sora_hw.data.embedded import MODEL_PATH
 from sora_hw.finished import score
+from sora_hw.hardware import PROFILES
 from sora_hw.recipes import commonsense
 from sora_hw.training.methods import add_method
 
@@ -36,7 +37,7 @@ def embedded_run(tmp_path_factory) -> Path:
     model.save_pretrained(folder / "adapter")
     manifest = {"recipe": asdict(recipe), "status": "finished", "device": "cpu"}
     manifest["results"] = {"steps": 150, "final_loss": 0.5, "seconds": 75.0, "trainable_percent": 4.0, "test": {}}
-    manifest["profile"] = {"dtype": "float32", "four_bit": False}
+    manifest["profile"] = asdict(PROFILES["cpu"])
     (folder / "run.json").write_text(json.dumps(manifest))
     return folder
 

@@ -55,6 +55,20 @@ def test_the_standard_input_is_a_question(embedded_run, answers, capfd, monkeypa
     assert capfd.readouterr().out == f"{answers[1]}\n"
 
 
+def test_a_base_model_that_has_moved(tmp_path, embedded_run, answers, capfd):
+    run = shutil.copytree(embedded_run, tmp_path / "run")
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["recipe"]["model"] = str(tmp_path / "gone")
+    (run / "run.json").write_text(json.dumps(manifest))
+    shutil.copytree(MODEL_PATH, tmp_path / "here")
+    asked = (run, QUESTIONS[1], "--backend", "cpu", "--max-new-tokens", 20)
+    assert ask(*asked) == 2
+    assert capfd.readouterr().err == f"sora-hw: --model {tmp_path / 'gone'}: no such folder\n"
+    assert ask(*asked, "--model", tmp_path / "here") == 0
+    assert capfd.readouterr().out == f"{answers[1]}\n"
+    assert cli.main(["spectrum", str(run), "--model", str(tmp_path / "here")]) == 0
+
+
 def test_a_question_that_is_too_long(embedded_run, capfd):
     assert ask(embedded_run, "a robin is a bird " * 400, "--backend", "cpu", "--max-new-tokens", 2) == 0
     assert "1 of 1 questions are longer than the model takes" in capfd.readouterr().err

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,16 +16,12 @@ from sora_hw.finished.loading import weights
 from sora_hw.finished.run import read_run
 from sora_hw.finished.scores import read_scores
 from sora_hw.finished.spectra import FILE, read_spectrum
-from sora_hw.hardware import PROFILES
 
 
 @pytest.fixture(scope="module")
 def run(embedded_run, tmp_path_factory):
     """A copy, whose spectrum is known."""
     folder = shutil.copytree(embedded_run, tmp_path_factory.mktemp("room") / "run [i]")
-    manifest = json.loads((folder / "run.json").read_text())
-    manifest["profile"] = asdict(PROFILES["cpu"])
-    (folder / "run.json").write_text(json.dumps(manifest))
     assert cli.main(["spectrum", str(folder)]) == 0
     return folder
 

@@ -31,7 +31,7 @@ HOSTILE = '</style></script><script>document.title="taken"</script><img src=x on
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 STEPS = 40
 CONFIG = b"{}"  # all that was trained here; a spectrum is shown beside it only with its checksum
-NO_WEIGHTS = hashlib.sha256(CONFIG).digest()
+TRAINED = hashlib.sha256(f"adapter_config.json {hashlib.sha256(CONFIG).hexdigest()}\n".encode()).hexdigest()
 
 
 def history(steps=STEPS, height=2.0):
@@ -82,7 +82,7 @@ def add_spectrum(folder, method, low):
         name = f"model.layers.{number // 2}.{'qk'[number % 2]}_proj"
         layers.append({"name": name, "shape": [64, 64], "computed": "core", **numbers, "singular_values": sigma})
     content = {"version": 1, "method": method, "recipe": "commonsense", "seed": 42, "layers": layers}
-    (folder / "spectrum.json").write_text(json.dumps(content | {"trained": hashlib.sha256(NO_WEIGHTS).hexdigest()}))
+    (folder / "spectrum.json").write_text(json.dumps(content | {"trained": TRAINED}))
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_bytes(CONFIG)
 

@@ -123,7 +123,7 @@ def test_it_goes_on_from_what_is_there(tmp_path, embedded_run, questions, score_
     file.unlink()
     (tmp_path / "torn" / "scores.json").unlink()
     file.with_name("boolq.part-0.jsonl").write_text("".join(marked[:3]) + marked[3][:20])  # as a killed rank leaves it
-    file.with_name("boolq.part-5.jsonl").write_text("".join(marked[6:8]) + "\n[]\n3\n")
+    file.with_name("boolq.part-5.jsonl").write_text("".join(marked[6:8]) + '\n[]\n3\n{"number": 4}\n')
     code, out, _ = score_here(*run, "--output", tmp_path / "torn", "--batch-size", 2)
     assert code == 0 and "5/5 records of rank 0" in out
     assert file.read_text().splitlines(keepends=True) == [*marked[:3], *lines[3:6], *marked[6:8], *lines[8:]]
@@ -223,7 +223,7 @@ def test_other_questions_are_another_scoring(tmp_path, embedded_run, questions, 
 
 
 def test_predictions_of_ranks_that_do_not_see_the_folder(tmp_path):
-    file = PredictionFile(tmp_path, "generation/boolq")
+    file = PredictionFile(tmp_path, "generation/boolq", ("correct",))
     with file.appending(0) as part:
         part.write([(0, {"correct": True}), (2, {"correct": False})])
     with pytest.raises(UserError, match="1 of 3 predictions of generation/boolq are missing"):

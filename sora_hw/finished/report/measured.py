@@ -1,19 +1,18 @@
 """What a page shows of a run, taken from its folder: figures, curves, spectra, the lines of its charts."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from sora_hw.analysis.figures import COLOURS, LABELS
-from sora_hw.data.glue import TASKS
 from sora_hw.finished.report.charts import Point
 from sora_hw.finished.report.page import Card
 from sora_hw.finished.run import FinishedRun
 from sora_hw.finished.spectra import Spectrum, read_spectrum
-from sora_hw.recipes.recipe import EMBEDDED, LanguageModelling
+from sora_hw.recipes.recipe import EMBEDDED
 from sora_hw.training.callbacks import duration
+from sora_hw.training.objectives import objective_of
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,6 @@ class Measured:
     """A run and what it has measured so far."""
 
     run: FinishedRun
-
-    @property
-    def results(self) -> Mapping[str, object]:
-        """What run.json has of a finished run; nothing of another."""
-        return self.run.manifest.get("results") or {}
 
     @property
     def method(self) -> str:
@@ -46,10 +40,7 @@ class Measured:
     @property
     def loss_unit(self) -> str:
         """What the loss is counted in."""
-        recipe = self.run.recipe
-        if isinstance(recipe, LanguageModelling):
-            return "nats per token"
-        return "squared error" if TASKS[recipe.task].labels == 1 else "nats per sample"
+        return objective_of(self.run.recipe).loss_unit
 
     @cached_property
     def spectrum(self) -> Spectrum | None:
@@ -74,7 +65,7 @@ class Measured:
     @cached_property
     def cards(self) -> list[Card]:
         """The key figures that the run has, in the order of the table that ends it."""
-        results, losses, speeds = self.results, self.curve("loss"), self.curve("tokens_per_second")
+        results, losses, speeds = self.run.results, self.curve("loss"), self.curve("tokens_per_second")
         last = results.get("final_loss", losses[-1][1] if losses else None)
         validation = results.get("validation_loss")
         done, planned = self.steps

@@ -109,7 +109,7 @@ def _training(measured: Measured) -> Iterator[Block]:
 def _scores(measured: Measured) -> Iterator[Block]:
     found = compare_runs([measured.run])
     yield from map(Scores, found)
-    if demo := measured.results.get("embedded_questions"):
+    if demo := measured.run.results.get("embedded_questions"):
         bars = [
             Bar(label, demo[name], f"{demo[name]:.1%}", colour)
             for label, name, colour in (

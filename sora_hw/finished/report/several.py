@@ -105,7 +105,7 @@ def _scores(named: Sequence[Named]) -> Iterator[Block]:
     demos = [
         Bar(name, demo["after"], f"{demo['after']:.1%}", colour)
         for name, colour, measured in named
-        if (demo := measured.results.get("embedded_questions"))
+        if (demo := measured.run.results.get("embedded_questions"))
     ]
     if demos:
         yield Bars("Held-out questions answered correctly", demos)

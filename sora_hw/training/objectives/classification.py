@@ -31,7 +31,9 @@ class ClassifyingSentences(Objective):
     def __init__(self, recipe: Classification):
         super().__init__(recipe)
         self.task = TASKS[recipe.task]
-        kind = "regression" if self.task.labels == 1 else "single_label_classification"
+        regression = self.task.labels == 1
+        self.loss_unit = "squared error" if regression else "nats per sample"
+        kind = "regression" if regression else "single_label_classification"
         self.model_options = {"num_labels": self.task.labels, "problem_type": kind}
 
     def training_records(self) -> list[SentenceRecord]:

@@ -19,6 +19,7 @@ class PredictingTokens(Objective):
     auto_class = AutoModelForCausalLM
     task_type = "CAUSAL_LM"
     ends_texts = True
+    loss_unit = "nats per token"
 
     def training_records(self) -> list[Record]:
         return train_records() if self.recipe.asks_embedded_questions else read_records(self.recipe.train_data)

@@ -19,6 +19,7 @@ class Objective(ABC):
         model_options: values for the model's configuration.
         task_type: PEFT's name for it.
         ends_texts: whether the tokenizer must have an end-of-text token.
+        loss_unit: what the loss is counted in.
         loss: None for the model's own loss, which must be a mean over all labels of a global batch; otherwise
             `(outputs, labels, num_items_in_batch) -> loss`.
     """
@@ -27,6 +28,7 @@ class Objective(ABC):
     model_options: Mapping[str, object] = {}
     task_type: str
     ends_texts: bool
+    loss_unit: str
     loss: Callable | None = None
 
     def __init__(self, recipe: Recipe):
