@@ -15,4 +15,4 @@ class Parser(argparse.ArgumentParser):
     """A command line's flags, whose errors are raised as UserError."""
 
     def error(self, message: str):
-        raise UserError(f"{message}; see --help")
+        raise UserError(f"{message}; see {self.prog} --help")

@@ -228,7 +228,7 @@ def test_a_wrong_plan_is_one_line_whatever_its_libraries_have_to_say():
     program = Path(sys.executable).parent / "sora-hw"
     answer = subprocess.run([program, "plan", "glue", "--nonsense"], capture_output=True, text=True)
     assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr == "sora-hw: unrecognized arguments: --nonsense; see --help\n"
+    assert answer.stderr == "sora-hw: unrecognized arguments: --nonsense; see launchers/glue.py --help\n"
 
 
 def test_the_cores_are_those_this_process_may_use(monkeypatch):

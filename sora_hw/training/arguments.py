@@ -75,7 +75,8 @@ def _given(values: Mapping[str, object], prefix: str) -> dict[str, object]:
 
 
 def _parser(module: ModuleType) -> argparse.ArgumentParser:
-    parser = Parser(description=module.DESCRIPTION, allow_abbrev=False, add_help=False)
+    program = f"launchers/{module.__name__.rpartition('.')[2]}.py"
+    parser = Parser(prog=program, description=module.DESCRIPTION, allow_abbrev=False, add_help=False)
     groups = {title: parser.add_argument_group(title) for title in (RUN, MODEL, DATA, OPTIMISATION, HARDWARE)}
     _add_run_flags(groups[RUN])
     recipe = module.recipe()
