@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, Classification, LanguageModelling, Recipe
-from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL, STATE, newest_checkpoint
+from sora_hw.training.checkpoints import STATE, newest
+from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL
 
 SECTIONS = ("results", "data", "batch", "profile", "versions", "environment", "device_settings")  # of run.json
 
@@ -55,7 +56,7 @@ class FinishedRun:
         Of a run that has not finished, what its newest checkpoint knows; empty where there is none. Raises UserError
         where the file is damaged.
         """
-        checkpoint = newest_checkpoint(self.path)
+        checkpoint, _ = newest(self.path)
         file = checkpoint / STATE if checkpoint and self.status == "started" else self.path / STATE
         if not file.exists():
             return []

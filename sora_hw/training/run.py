@@ -98,6 +98,8 @@ def announce(job: Job, console: Console) -> None:
         f"{data['left_out']} left out), {data['validation_samples']} held out for validation, {data['steps']} steps"
     )
     console.print(what_runs(job.plan))
+    for line in job.folder.passed_over:
+        console.print(line)
     if job.folder.checkpoint:
         console.print(f"resuming from {job.folder.checkpoint}")
     elif job.request.resume:

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
@@ -13,9 +12,10 @@ from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, RUN, Recipe
 from sora_hw.storage import write_whole
 from sora_hw.training.arguments import NEWEST, Request
+from sora_hw.training.checkpoints import STATE, checkpoints, clear, damage, delete, newest
 from sora_hw.training.plan import Plan
 
-MANIFEST, CURVE, STATE = "run.json", "loss.png", "trainer_state.json"
+MANIFEST, CURVE = "run.json", "loss.png"
 ADAPTER, MODEL = "adapter", "model"  # what was trained
 EVENTS = "tensorboard"
 REPORT = "report.html"
@@ -25,10 +25,11 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes, and the checkpoint that it continues from."""
+    """Where a run writes, the checkpoint that it continues from, and a line on each newer one that is damaged."""
 
     path: Path
     checkpoint: Path | None = None
+    passed_over: Sequence[str] = ()
 
     def trained(self, recipe: Recipe) -> Path:
         """The folder for what the recipe trains: an adapter, or the whole model."""
@@ -40,14 +41,15 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output {self.path}: the folder cannot be made ({error.strerror})") from None
+        clear(self.path)
         if overwrite:
             for entry in _traces(self.path):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     def drop_checkpoints(self) -> None:
         """Delete them: a finished run goes on from none, and each is larger than what was trained."""
-        for checkpoint in _checkpoints(self.path):
-            shutil.rmtree(checkpoint)
+        for checkpoint in checkpoints(self.path):
+            delete(checkpoint)
 
     def write_manifest(self, manifest: Mapping[str, object]) -> None:
         """Write run.json whole or not at all."""
@@ -55,14 +57,15 @@ class RunFolder:
 
 
 def fingerprint(plan: Plan, steps: int, checksum: str) -> dict[str, object]:
-    """Everything that decides how a run goes on from a checkpoint."""
+    """Everything that decides how a run goes on from a checkpoint; ranks, ZeRO stage and device change no loss beyond
+    rounding, so any may go on."""
     recipe = {
         field.name: getattr(plan.recipe, field.name)
         for field in fields(plan.recipe)
         if field.metadata.get("group") != RUN
     }
-    decided = {"max_steps": steps, "train_data": checksum, "ranks": plan.batch.world_size}
-    hardware = {name: asdict(plan.profile)[name] for name in ("zero_stage", "dtype", "four_bit")}
+    decided = {"max_steps": steps, "train_data": checksum}
+    hardware = {name: asdict(plan.profile)[name] for name in ("dtype", "four_bit")}
     return json.loads(json.dumps(recipe | decided | hardware))  # in JSON's types, as they are read back
 
 
@@ -85,7 +88,7 @@ def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> R
                 f"--output {path} holds {traces[0].name} but no {MANIFEST}: it is no run of this launcher, so it is "
                 "not overwritten; name another folder"
             )
-        checkpoint = newest_checkpoint(path) if request.resume else None
+        checkpoint, passed_over = newest(path) if request.resume else (None, [])
         if request.resume and traces:
             _check_same(path, wanted, "--sweep" if request.sweep else "--resume")
     else:
@@ -95,12 +98,13 @@ def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> R
                 f"--resume {checkpoint} is a run's folder: name one of its checkpoints, or give --output {checkpoint} "
                 "--resume for the newest"
             )
-        if reason := _incomplete(checkpoint):
+        passed_over = []
+        if reason := damage(checkpoint):
             raise UserError(f"--resume {checkpoint}: no checkpoint to go on from ({reason})")
         _check_same(checkpoint.absolute().parent, wanted, "--resume")
         if path.resolve() != checkpoint.resolve().parent and _traces(path):
             raise UserError(f"--output {path} already holds another run than --resume {checkpoint}; name a new folder")
-    return RunFolder(path, checkpoint)
+    return RunFolder(path, checkpoint, passed_over)
 
 
 def _default(request: Request, plan: Plan) -> Path:
@@ -116,37 +120,10 @@ def _default(request: Request, plan: Plan) -> Path:
     raise AssertionError("count() does not end")
 
 
-def newest_checkpoint(path: Path) -> Path | None:
-    """The complete checkpoint of the highest step."""
-    return next((folder for folder in reversed(_checkpoints(path)) if not _incomplete(folder)), None)
-
-
-def _incomplete(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks, in a few words, or None. The Trainer writes its state last."""
-    if not (checkpoint / STATE).is_file():
-        return f"{STATE} is missing"
-    try:
-        json.loads((checkpoint / STATE).read_text())
-    except ValueError:
-        return f"{STATE} is damaged"
-    latest = checkpoint / "latest"  # DeepSpeed's pointer to the folder with its files
-    engine = checkpoint / latest.read_text().strip() if latest.is_file() else latest
-    if not engine.is_dir():
-        return "DeepSpeed's files are missing"
-    damaged = [file.name for file in engine.rglob("*.pt") if not zipfile.is_zipfile(file)]
-    return f"{damaged[0]} is damaged" if damaged else None
-
-
-def _checkpoints(path: Path) -> list[Path]:
-    """Folders called checkpoint-N, in the order of N."""
-    steps = {folder: folder.name.removeprefix("checkpoint-") for folder in path.glob("checkpoint-*")}
-    return sorted((folder for folder, step in steps.items() if step.isdecimal()), key=lambda folder: int(steps[folder]))
-
-
 def _traces(path: Path) -> list[Path]:
     """What a run has left in `path`."""
     named = [path / name for name in (MANIFEST, ADAPTER, MODEL, CURVE, STATE, EVENTS, *LATER)]
-    return [entry for entry in named if entry.exists()] + _checkpoints(path)
+    return [entry for entry in named if entry.exists()] + checkpoints(path)
 
 
 def check_writable(path: Path) -> None:

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -13,7 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sora_hw import ConditionedConfig
 from sora_hw.errors import UserError
 from sora_hw.hardware import Profile
+from sora_hw.storage import sync_folder
 from sora_hw.training.base_model import BaseModel, load_model
+from sora_hw.training.checkpoints import sync, together
+from sora_hw.training.engine_state import full_precision, trained
 from sora_hw.training.methods import MODULES_TO_SAVE
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -25,27 +27,28 @@ def save_trained(model: nn.Module, folder: Path, zero_stage: int, tokenizer: Pre
 
     Every rank must call it: each holds a part of the optimiser's float32 weights, which are what is saved, and of which
     the model holds rounded copies when it trains in bfloat16. Rank 0 writes, to a folder aside that is renamed at the
-    end, and all ranks return when that is done.
+    end, and all ranks return when that is done. Raises UserError, on every rank, where it cannot.
     """
     writes = dist.get_rank() == 0
     weights = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            whole = _full_precision(parameter, zero_stage)
-            weights[name] = whole.cpu() if writes else None
-    if writes:
-        aside = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(str(aside), state_dict=weights)
-        if not isinstance(model, PeftModel):
-            tokenizer.save_pretrained(str(aside))
-        else:
-            (aside / "README.md").unlink()  # PEFT's form for a model card, with nothing filled in
-            if isinstance(model.active_peft_config, ConditionedConfig):
-                model.active_peft_config.write_card(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    dist.barrier()
+    for name, parameter in trained(model):
+        whole = full_precision(parameter, zero_stage)
+        weights[name] = whole.cpu() if writes else None
+    with together(folder):
+        if writes:
+            aside = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(str(aside), state_dict=weights)
+            if not isinstance(model, PeftModel):
+                tokenizer.save_pretrained(str(aside))
+            else:
+                (aside / "README.md").unlink()  # PEFT's form for a model card, with nothing filled in
+                if isinstance(model.active_peft_config, ConditionedConfig):
+                    model.active_peft_config.write_card(aside)
+            sync(aside)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            sync_folder(folder.parent)
 
 
 def load_trained(base: BaseModel, plain: PreTrainedModel, folder: Path, profile: Profile) -> nn.Module:
@@ -65,14 +68,6 @@ def load_adapter(plain: PreTrainedModel, folder: Path) -> PeftModel:
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: the adapter cannot be loaded onto this model ({reason})") from None
-
-
-def _full_precision(parameter: nn.Parameter, zero_stage: int) -> torch.Tensor:
-    if zero_stage == 0:
-        return parameter.detach()
-    from deepspeed.utils import safe_get_full_fp32_param  # imported only after the ranks' environment stands
-
-    return safe_get_full_fp32_param(parameter)
 
 
 def trainable_rate(model: nn.Module) -> float:

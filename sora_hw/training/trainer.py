@@ -1,19 +1,26 @@
 """The Trainer of transformers, set up so that a run's losses do not depend on how many ranks share its batches."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from sora_hw.devices.cpu import CPU
 from sora_hw.recipes.recipe import Recipe
+from sora_hw.storage import write_whole
+from sora_hw.training.checkpoints import SCHEDULE, STATE, prune, reading_state, together, write_state, writing
+from sora_hw.training.engine_state import read_engine, steps_taken, write_moments, write_weights
 from sora_hw.training.methods import optimiser
 from sora_hw.training.objectives import Objective
 from sora_hw.training.plan import Plan
 from sora_hw.training.prepare import Prepared
+from sora_hw.training.run_folder import ADAPTER
+from sora_hw.training.saving import save_trained
 
 LIGER_KERNELS = {  # the loss alone: the rest of the model stays what it is on every device
     "fused_linear_cross_entropy": True,
@@ -75,6 +82,43 @@ class MethodTrainer(Trainer):
     def __init__(self, recipe: Recipe, measure: Callable[[], Mapping[str, float]], **options):
         super().__init__(**options)
         self.recipe, self.measure = recipe, measure
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Takes the place of the Trainer's, which writes where a checkpoint is looked for, and DeepSpeed's pickles."""
+        run, step = Path(self.args.output_dir), self.state.global_step
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (self.state.best_global_step == step or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+        engine = self.model_wrapped
+        with writing(run / f"checkpoint-{step}") as aside:
+            write_state(aside, read_engine(engine))
+            if isinstance(self.model, PeftModel):
+                save_trained(self.model, aside / ADAPTER, engine.zero_optimization_stage(), self.processing_class)
+            with together(aside):
+                self._save_rng_state(str(aside))
+                if self.args.process_index == 0:
+                    schedule = {"optimiser_steps": steps_taken(engine), "scheduler": self.lr_scheduler.state_dict()}
+                    write_whole(aside / SCHEDULE, json.dumps(schedule, indent=2) + "\n")
+                    self.state.save_to_json(str(aside / STATE))
+        if self.args.process_index == 0:
+            prune(run, best if self.state.best_global_step else None)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # DeepSpeed has nothing to load
+        if resume_from_checkpoint is not None:
+            engine, checkpoint = self.model_wrapped, Path(resume_from_checkpoint)
+            schedule = json.loads((checkpoint / SCHEDULE).read_text())
+            with reading_state(checkpoint) as value:
+                write_weights(engine, value)
+                write_moments(engine, value, schedule["optimiser_steps"])
+            self.lr_scheduler.load_state_dict(schedule["scheduler"])
+            for group, rate in zip(engine.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+        return prepared
+
+    def _load_best_model(self) -> None:
+        with reading_state(Path(self.state.best_model_checkpoint)) as value:
+            write_weights(self.model_wrapped, value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, **self.measure()} if "loss" in logs else logs, start_time)
