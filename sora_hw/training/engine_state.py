@@ -109,6 +109,6 @@ def _whole(parameter: nn.Parameter, stage: int):
     """Where the parameter may be written to: under ZeRO-3 gathered, and taken from rank 0 when it is let go."""
     if stage < 3:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters([parameter], modifier_rank=0)
