@@ -12,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from sora_hw import ops
-from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, is_whole, row_norm_squared
+from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, gathered, is_whole, row_norm_squared
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.keeping import Keeping, look_after_steps
 from sora_hw.adapter.merging import Merges
@@ -309,6 +309,7 @@ class ConditionedLinear(nn.Module, Merges):
         b0 = self._base_bias()
         if b0 is None or (linear.c is None and linear.q is None):
             return None
+        b0 = gathered(b0)
         turned = conditioned_bias(b0, linear)
         present = turned if reads_output or linear.q is None else _times(linear.c, b0)
         wanted = turned if self.conditions_bias[adapter_name] else b0

@@ -19,7 +19,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from sora_hw.adapter.base_weight import adapter_dtype
+from sora_hw.adapter.base_weight import adapter_dtype, check_no_fsdp_shard
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.layer import ConditionedLinear
 from sora_hw.adapter.starting import STARTS
@@ -98,6 +98,8 @@ def check_combinable(model: nn.Module, configs: Mapping[str, ConditionedConfig],
     """Raises ValueError for what has no exact sum."""
     if combination_type not in EXACT:
         raise ValueError(f"combination_type={combination_type!r} is not exact: choose one of {', '.join(EXACT)}")
+    for parameter in model.parameters():
+        check_no_fsdp_shard(parameter, "a weighted sum of adapters")
     heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     if shared := sum(sum(name in head.modules_to_save for name in configs) > 1 for head in heads):
         raise ValueError(
