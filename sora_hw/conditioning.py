@@ -178,8 +178,11 @@ def conditioned_weight(weight: Tensor, linear: LinearMap, a: Tensor, scaling: fl
     return torch.addmm(_scaled(linear.c, weight), linear.b, low_rank_rows(weight, linear, a, scaling))
 
 
-def low_rank_rows(weight: Tensor, linear: LinearMap, a: Tensor, scaling: float) -> Tensor:
-    """`[s A; Q^T W0]`, (r + q, in): what `B'` multiplies in `W'`. Arguments as of `conditioned_weight`."""
+def low_rank_rows(weight: Tensor | None, linear: LinearMap, a: Tensor, scaling: float) -> Tensor:
+    """`[s A; Q^T W0]`, (r + q, in): what `B'` multiplies in `W'`. Arguments as of `conditioned_weight`.
+
+    Without a rotation the weight may be None.
+    """
     rows = scaling * a.to(linear.b.dtype)
     return rows if linear.q is None else torch.cat([rows, linear.q.T @ weight.to(rows.dtype)])
 

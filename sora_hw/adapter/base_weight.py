@@ -1,5 +1,5 @@
-"""Reading the frozen weight of a base layer: as it is stored, gathered where ZeRO-3 has sharded it, and what is kept
-of it: the norm of its rows, and the product of a rotation's directions with it."""
+"""Reading the frozen weight of a base layer: as it is stored, gathered where ZeRO-3 or FSDP has sharded it, and what is
+kept of it: the norm of its rows, and the product of a rotation's directions with it."""
 
 from __future__ import annotations
 
@@ -90,16 +90,16 @@ class ReadsBaseWeight(BaseTunerLayer):
 
     @contextmanager
     def _base_weight(self) -> Iterator[Tensor]:
-        """`W0` as (out, in) for reading, gathered where ZeRO-3 has sharded it."""
+        """`W0` as (out, in) for reading, gathered where ZeRO-3 or FSDP has sharded it."""
         if self._is_quantised:
             check_readable(self, "a magnitude or a sum of adapters")
             yield self.get_base_weight().detach()
             return
         weight = self.get_base_layer().weight
         # Inside a forward pass DeepSpeed has gathered it at this very access, and frees it itself.
-        gathered = not hasattr(weight, "ds_id") or weight.numel() == weight.ds_numel
-        with nullcontext() if gathered else gather_params_ctx([weight], modifier_rank=None):
-            yield self._stored_weight().detach()
+        is_there = not hasattr(weight, "ds_id") or weight.numel() == weight.ds_numel
+        with nullcontext() if is_there else gather_params_ctx([weight], modifier_rank=None):
+            yield self._as_matrix(gathered(weight)).detach()
 
     def _base_norm_squared(self, weight: Tensor) -> Tensor:
         """`||W0||^2` of every row, (out,), computed once and kept until the weight changes.
@@ -167,6 +167,25 @@ def is_quantised(weight: Tensor) -> bool:
 def is_whole(t: Tensor) -> bool:
     """Whether a parameter lies there whole and as a plain tensor: neither quantised nor sharded."""
     return type(t) in (Tensor, nn.Parameter) and not hasattr(t, "ds_id")  # the mark of ZeRO-3
+
+
+def is_fsdp_shard(t: Tensor) -> bool:
+    """Whether FSDP, or whoever else spreads tensors over ranks as a DTensor, has sharded it at this moment."""
+    return hasattr(t, "full_tensor")
+
+
+def gathered(t: Tensor) -> Tensor:
+    """The whole of what FSDP may have sharded; all ranks must ask for it."""
+    return t.full_tensor() if is_fsdp_shard(t) else t
+
+
+def check_no_fsdp_shard(t: Tensor, purpose: str) -> None:
+    """Raises ValueError for a sharded tensor."""
+    if is_fsdp_shard(t):
+        raise ValueError(
+            f"{purpose} does not work on a model that FSDP has sharded: save the adapter, load it into a whole model "
+            "and do it there"
+        )
 
 
 def adapter_dtype(base: torch.dtype) -> torch.dtype:

@@ -55,8 +55,8 @@ class ConditionedConvolution(ConditionedLinear):
             z = self._filtered(dropped, self.scaling[adapter_name] * p["A"])
             reads_output = linear.q is not None and self.get_base_layer().groups == 1
             if linear.q is not None and not reads_output:
-                weight = self._stored_weight()
-                turned = self._filtered(source, linear.q.t().to(weight.dtype) @ weight)
+                with self._base_weight() as weight:
+                    turned = self._filtered(source, linear.q.t().to(weight.dtype) @ weight)
                 by_group = [t.unflatten(1, (self.get_base_layer().groups, -1)) for t in (z, turned)]
                 z = torch.cat(by_group, dim=2).flatten(1, 2)
             bias = self._missing_bias(adapter_name, linear, reads_output)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sora_hw.adapter.convolution import ConditionedConvolution
 from sora_hw.adapter.embedding import ConditionedEmbedding
 from sora_hw.adapter.layer import ConditionedLinear
-from sora_hw.conditioning import LinearMap, conditioned_bias
+from sora_hw.conditioning import LinearMap, conditioned_bias, low_rank_rows
 
 
 class ExactLora(NamedTuple):
@@ -47,12 +47,9 @@ def exact_lora(
         scaling: `s`.
         condition_bias: whether the adapter scales and rotates the bias as well.
     """
-    rows = scaling * a
-    if linear.q is not None:
-        rows = torch.cat([rows, linear.q.T @ weight])
     conditions = condition_bias and bias is not None and (linear.c is not None or linear.q is not None)
     return ExactLora(
-        rows,
+        low_rank_rows(weight, linear, a, scaling),
         linear.b,
         None if linear.c is None else linear.c[:, None] * weight,
         conditioned_bias(bias, linear) if conditions else None,

@@ -81,6 +81,10 @@ class Keeping:
         self._seen[adapter_name] = tensor_states(parameters)
         self.has_small_scale[adapter_name] = smallest < SMALLEST_SCALE_FROM_OUTPUT
 
+    def forget_seen(self) -> None:
+        """Look again in the next forward pass: FSDP gathers new values to the old address, under the old version."""
+        self._seen.clear()
+
     def keep(self, adapter_name: str, c: Tensor | None, parameters: Iterable[Tensor]) -> Keep:
         """What this forward pass keeps."""
         if c is None or not (torch.is_grad_enabled() and c.requires_grad):
@@ -139,6 +143,8 @@ def _look(optimiser: torch.optim.Optimizer, *_) -> None:
     if is_capturing():  # a graph of the whole step replays what it has captured: nothing can be looked at
         return
     layers = _layers_of(optimiser)
+    for layer in layers:
+        layer.keeping.forget_seen()
     scales = [(layer.keeping, scale) for layer in layers for scale in layer.trained_scales()]
     if scales:
         # All are computed before they are waited for, once for each device.

@@ -12,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from sora_hw import ops
-from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, is_whole, row_norm_squared
+from sora_hw.adapter.base_weight import KeptProduct, adapter_dtype, gathered, is_whole, row_norm_squared
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.keeping import Keeping, look_after_steps
 from sora_hw.adapter.merging import Merges
@@ -134,8 +134,12 @@ class ConditionedLinear(nn.Module, Merges):
             self.in_features, self.out_features, config.r, config.rotation_rank
         )
         dtype = adapter_dtype(self._base_dtype())
+        # Start values are drawn where they are the same for every device, but beside a weight without values are none.
+        base = self._base_device()
+        device = base if base is not None and base.type == "meta" else None
         for name, shape in shapes.items():
-            getattr(self, f"conditioned_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=dtype))
+            empty = torch.empty(shape, dtype=dtype, device=device)
+            getattr(self, f"conditioned_{name}")[adapter_name] = nn.Parameter(empty)
         self.reset_adapter(adapter_name, bool(config.init_weights))
         if config.init_weights in STARTS:
             self._start_from_base(adapter_name, config.init_weights)
@@ -206,11 +210,14 @@ class ConditionedLinear(nn.Module, Merges):
             for parameter in self.adapter_parameters(adapter_name).values():
                 parameter.data = parameter.data.to(dtype)
 
+    def _base_device(self) -> torch.device | None:
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+
     def _move_adapter_to_base_device(self, adapter_name: str) -> None:
         # The device only: PEFT's own helper would also round the start values to the base's dtype, and a magnitude
         # rounded to bfloat16 no longer starts as the identity.
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is None or device.type == "meta":
+        device = self._base_device()
+        if device is None:
             return
         for parameter in self.adapter_parameters(adapter_name).values():
             if not parameter.is_meta:
@@ -309,6 +316,7 @@ class ConditionedLinear(nn.Module, Merges):
         b0 = self._base_bias()
         if b0 is None or (linear.c is None and linear.q is None):
             return None
+        b0 = gathered(b0)
         turned = conditioned_bias(b0, linear)
         present = turned if reads_output or linear.q is None else _times(linear.c, b0)
         wanted = turned if self.conditions_bias[adapter_name] else b0

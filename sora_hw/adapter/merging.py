@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
-from sora_hw.adapter.base_weight import ReadsBaseWeight, adapter_dtype
+from sora_hw.adapter.base_weight import ReadsBaseWeight, adapter_dtype, check_no_fsdp_shard
 from sora_hw.adapter.quantised import PackedOriginal, check_readable
 from sora_hw.conditioning import LinearMap, conditioned_bias, conditioned_weight
 
@@ -128,6 +128,7 @@ class Merges(ReadsBaseWeight):
 
     def _base_gathered(self):
         base = self.get_base_layer()
+        check_no_fsdp_shard(base.weight, "merging, or whatever else writes or compares base weights,")
         bias = self._base_bias()
         return gather_params_ctx([base.weight] if bias is None else [base.weight, bias])
 

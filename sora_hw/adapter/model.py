@@ -75,14 +75,19 @@ class ConditionedModel(BaseTuner):
         Raises ValueError where one is missing or foreign: PEFT would leave it at that.
         """
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        model_names = set(model.state_dict())
+        known = cls.known_names(model, adapter_name)
         own = re.compile(rf"(.*\.)?{cls.prefix}\w+\.{re.escape(adapter_name)}")
-        # PEFT also saves the trained biases of layers that are trained whole, by names that it does not read
-        known = model_names | {cls._remove_adapter_name_from_key(name, adapter_name) for name in model_names}
         # without a PeftModel around the model, only the checkpoint's names have the prefix
         names = {name if name in known else name.removeprefix("base_model.model.") for name in found}
-        check_tensors(filter(own.fullmatch, model_names), names, known)
+        check_tensors(filter(own.fullmatch, known), names, known)
         return found
+
+    @classmethod
+    def known_names(cls, model: nn.Module, adapter_name: str) -> set[str]:
+        """The names of tensors that a checkpoint of an adapter in this model may hold, those of the model with them."""
+        names = set(model.state_dict())
+        # PEFT also saves the trained biases of layers that are trained whole, by names that it does not read
+        return names | {cls._remove_adapter_name_from_key(name, adapter_name) for name in names}
 
     # What PEFT's own LoRA does with `modules_to_save`; nothing in it is about LoRA.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie

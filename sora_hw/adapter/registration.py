@@ -10,6 +10,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
+from sora_hw.adapter.transformers_loader import check_what_it_loads
+
 PEFT_TYPE = "CONDITIONED"
 
 
@@ -32,7 +34,7 @@ def add_peft_type() -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register the method; does nothing when it is registered already.
+    """Register the method, with PEFT and transformers' loader of adapters; does nothing when it is registered already.
 
     Raises:
         ImportError: if PEFT itself has come to ship a method of this name.
@@ -46,4 +48,5 @@ def register(config_cls: type, model_cls: type) -> None:
             "sora_hw supports, or a newer sora_hw"
         )
     add_peft_type()
+    check_what_it_loads(model_cls)
     register_peft_method(name=PEFT_TYPE.lower(), config_cls=config_cls, model_cls=model_cls)

@@ -19,10 +19,11 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from sora_hw.adapter.base_weight import adapter_dtype
+from sora_hw.adapter.base_weight import adapter_dtype, check_no_fsdp_shard
 from sora_hw.adapter.config import ConditionedConfig
 from sora_hw.adapter.layer import ConditionedLinear
 from sora_hw.adapter.starting import STARTS
+from sora_hw.conditioning import low_rank_rows
 
 EXACT = ("cat", "linear")  # PEFT's names for a sum; there "linear" keeps the rank and is not quite one
 
@@ -44,10 +45,8 @@ def weighted_sum(layer: ConditionedLinear, weights: Mapping[str, float]) -> Weig
             p, scaling = layer.adapter_parameters(name), layer.scaling[name]
             w0 = None if stored is None else stored.to(adapter_dtype(stored.dtype))
             linear = layer._linear_map(name, p, w0)
-            rows.append(scaling * p["A"].to(linear.b.dtype))
+            rows.append(low_rank_rows(w0, linear, p["A"], scaling))
             columns.append(weight * linear.b)
-            if linear.q is not None:
-                rows.append(linear.q.t() @ w0)
             if linear.c is not None:
                 change = weight * (linear.c - 1)
                 delta = change if delta is None else delta + change
@@ -98,6 +97,8 @@ def check_combinable(model: nn.Module, configs: Mapping[str, ConditionedConfig],
     """Raises ValueError for what has no exact sum."""
     if combination_type not in EXACT:
         raise ValueError(f"combination_type={combination_type!r} is not exact: choose one of {', '.join(EXACT)}")
+    for parameter in model.parameters():
+        check_no_fsdp_shard(parameter, "a weighted sum of adapters")
     heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     if shared := sum(sum(name in head.modules_to_save for name in configs) > 1 for head in heads):
         raise ValueError(

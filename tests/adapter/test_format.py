@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sora_hw
 from sora_hw.conditioning import PRESETS
@@ -147,10 +147,11 @@ def test_what_is_trained_beside_the_adapter_is_no_foreigner(tmp_path, bias):
     assert torch.equal(PeftModel.from_pretrained(net(), tmp_path)(x), model(x))
 
 
-def llama():
+def llama(tied=False):
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    options = {"attention_bias": True, "tie_word_embeddings": tied}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, **options)).eval()
 
 
 def test_layers_that_transformers_has_put_into_its_model(tmp_path):
@@ -167,13 +168,80 @@ def test_layers_that_transformers_has_put_into_its_model(tmp_path):
             set_peft_model_state_dict(model, dict(list(given.items())[1:]))
 
 
-def test_transformers_own_loader_says_what_is_missing(tmp_path):
-    """It asks nobody about the tensors that it finds; what it makes of a damaged file it reports itself."""
-    get_peft_model(llama(), sora_hw.ConditionedConfig(method="sora", r=2, init_weights=False)).save_pretrained(tmp_path)
-    assert not llama().load_adapter(tmp_path).missing_keys
-    name = "model.layers.1.self_attn.v_proj.conditioned_post_E"
-    with_tensors(tmp_path, lambda tensors: tensors.pop(f"base_model.model.{name}"))
-    assert llama().load_adapter(tmp_path).missing_keys == {f"{name}.default"}
+BESIDE = [
+    {},
+    {"bias": "all", "modules_to_save": ["o_proj"]},
+    {"modules_to_save": ["lm_head"]},
+    {"trainable_token_indices": [1, 2]},
+]
+
+
+def saved_beside_its_base(folder, tied=False, **options):
+    """A changed adapter in `folder / "adapter"` and its base model in `folder / "base"`; the model they are."""
+    llama(tied).save_pretrained(folder / "base")
+    options = {"method": "sora", "r": 2, "init_weights": False, "task_type": "CAUSAL_LM"} | options
+    base = LlamaForCausalLM.from_pretrained(folder / "base")
+    model = get_peft_model(base, sora_hw.ConditionedConfig(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", BESIDE, ids=str)
+def test_transformers_loads_what_peft_loads(tmp_path, options, tied):
+    ids, folder = torch.arange(6)[None], tmp_path / "adapter"
+    wanted = saved_beside_its_base(tmp_path, tied, **options)(ids).logits
+    assert (wanted - llama(tied)(ids).logits).abs().max() > 1e-3
+    with_adapter = llama(tied)
+    with_adapter.load_adapter(folder, adapter_name="other")
+    for model in (
+        PeftModel.from_pretrained(llama(tied), folder),
+        AutoPeftModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+        with_adapter,
+    ):
+        assert torch.equal(model(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("method", [method for method in PRESETS if method != "sora"])
+def test_transformers_loads_every_method(tmp_path, method):
+    ids = torch.arange(6)[None]
+    wanted = saved_beside_its_base(tmp_path, method=method)(ids).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")(ids).logits, wanted)
+
+
+V = "base_model.model.model.layers.1.self_attn.v_proj"
+DAMAGES = {
+    "missing": (lambda t: t.pop(f"{V}.conditioned_post_E"), r"1 missing, .*v_proj\.conditioned_post_E.*damaged"),
+    "foreign": (lambda t: t.update({f"{V}.conditioned_magnitude": torch.ones(16)}), r"1 foreign, .*magnitude.*first"),
+    "a lora's": (lambda t: (t.clear(), t.update({f"{V}.lora_A.weight": torch.ones(2, 16)})), r"missing.*is a LoRA's"),
+    "a head": (lambda t: t.pop("base_model.model.lm_head.weight"), r"1 missing, lm_head\.modules_to_save\.default"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_transformers_loads_as_a_whole_or_not_at_all(tmp_path, change, words):
+    """Its own loader only reports what is missing or foreign."""
+    saved_beside_its_base(tmp_path, modules_to_save=["lm_head"])
+    folder, model, ids = with_tensors(tmp_path / "adapter", change), llama(), torch.arange(6)[None]
+    with pytest.raises(ValueError, match=words) as refusal:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(refusal.value)
+    plain = model(ids).logits
+    with pytest.raises(ValueError, match=words):
+        model.load_adapter(folder)
+    assert torch.equal(model(ids).logits, plain) and not hasattr(model, "peft_config")
+
+
+def test_transformers_loads_a_lora_as_before(tmp_path):
+    get_peft_model(llama(), LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    name = "model.layers.1.self_attn.v_proj.lora_B"
+    with_tensors(tmp_path, lambda tensors: tensors.pop(f"base_model.model.{name}.weight"))
+    assert llama().load_adapter(tmp_path).missing_keys == {f"{name}.default.weight"}
 
 
 def test_the_card_of_an_adapter_says_how_to_load_it(tmp_path):

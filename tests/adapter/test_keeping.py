@@ -106,6 +106,18 @@ def test_a_step_that_makes_a_scale_small_is_noticed():
     assert kept(layer, torch.randn(50, 24)) == {"other"}
 
 
+def test_a_step_on_shards_is_noticed_though_address_and_version_stay(monkeypatch):
+    """As FSDP gathers: the step is taken elsewhere, and the new values are written to where the old ones were."""
+    monkeypatch.setattr("sora_hw.adapter.layer.is_whole", lambda parameter: False)
+    model = adapted("prediag")
+    steps(model, 1)
+    layer = model.base_model.model.up
+    assert kept(layer, torch.randn(50, 24)) == {"output"}
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad]).step()
+    layer.conditioned_pre_delta["default"].data[3] = -1.0
+    assert kept(layer, torch.randn(50, 24)) == {"other"}
+
+
 @pytest.mark.parametrize(("in_place", "expected"), [(False, {"output"}), (True, {"other"})])
 def test_it_is_learned_without_an_optimiser_once_the_graphs_are_gone(in_place, expected):
     model = adapted("sora", in_place)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -122,26 +123,44 @@ def test_they_start_as_the_base_layer_and_keep_its_dtype(module, method):
         model.unload()
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolution", "grouped convolution", "embedding"])
-@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
+SMALL = {
+    "linear": (lambda: nn.Linear(4, 6), (2, 4)),
+    "Conv1D": (lambda: Conv1D(6, 4), (2, 4)),
+    "1d": (lambda: nn.Conv1d(4, 6, 2), (2, 4, 3)),
+    "2d": (lambda: nn.Conv2d(4, 6, 2), (2, 4, 3, 3)),
+    "3d": (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 3, 3)),
+    "grouped": (lambda: nn.Conv1d(4, 6, 2, groups=2), (2, 4, 3)),
+    "embedding": (lambda: nn.Embedding(4, 6), None),
+}
+
+
+AUTOCASTS = (None, torch.float16, torch.bfloat16)
+DEVICES = [
+    *(("cpu", autocast) for autocast in AUTOCASTS),
+    ("meta", None),  # tensors without values know no autocast
+    *(pytest.param("cuda", autocast, marks=pytest.mark.gpu) for autocast in AUTOCASTS),
+]
+
+
+@pytest.mark.parametrize("kind", SMALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_output_has_the_dtype_of_a_lora_s(dtype, autocast, kind):
-    made = {
-        "linear": lambda: nn.Linear(4, 6),
-        "convolution": lambda: nn.Conv1d(4, 6, 2),
-        "grouped convolution": lambda: nn.Conv1d(4, 6, 2, groups=2),
-        "embedding": lambda: nn.Embedding(4, 6),
-    }[kind]
-    x = torch.tensor([[1, 2, 3]]) if kind == "embedding" else torch.randn(2, 4, 4).to(dtype)
-    lora = LoraConfig(target_modules=["0"], lora_dropout=0.1)
-    reference = get_peft_model(nn.Sequential(made()).to(dtype), lora)
-    for method, dropout, fp32 in itertools.product(("dora", "sora"), (0.0, 0.1), (True, False)):
-        config = sora_hw.ConditionedConfig(method=method, dropout=dropout, target_modules=["0"])
-        model = get_peft_model(nn.Sequential(made()).to(dtype), config, autocast_adapter_dtype=fp32)
-        for training, grad in itertools.product((True, False), (True, False)):
-            context = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
-            with context, torch.set_grad_enabled(grad):
-                assert model.train(training)(x).dtype == reference.train(training)(x).dtype
+@pytest.mark.parametrize(("device", "autocast"), DEVICES)
+def test_the_output_has_the_dtype_and_device_of_a_lora_s(device, autocast, dtype, kind):
+    """For every method, with and without dropout and adapters in float32, training or not, with a gradient or not."""
+    make, shape = SMALL[kind]
+    x = torch.tensor([[1, 2, 3]], device=device) if shape is None else torch.randn(shape, dtype=dtype, device=device)
+
+    def outputs(config, **options):
+        model = get_peft_model(nn.Sequential(make().to(device, dtype)), config, **options)
+        for training, grad in ((True, True), (False, True), (False, False)):
+            with torch.set_grad_enabled(grad), torch.autocast(device, autocast) if autocast else nullcontext():
+                y = model.train(training)(x)
+            yield y.dtype, y.device, y.shape, y.requires_grad
+
+    wanted = list(outputs(LoraConfig(target_modules=["0"], lora_dropout=0.1)))
+    for method, dropout, fp32 in itertools.product(PRESETS, (0.0, 0.1), (True, False)):
+        config = sora_hw.ConditionedConfig(method=method, r=2, dropout=dropout, target_modules=["0"])
+        assert list(outputs(config, autocast_adapter_dtype=fp32)) == wanted, (method, dropout, fp32)
 
 
 @pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.Embedding(9, 6)])

@@ -33,8 +33,8 @@ def check(pairs):
         assert gradient < 1e-3, (pair, gradient)
 
 
-def test_magnitudes_and_rotations():
-    check(SOME)
+def test_magnitudes_and_rotations_of_linear_layers_and_of_a_grouped_convolution():
+    check([*SOME, ("convolution", "grouped")])
 
 
 def test_a_start_from_the_base_weight():

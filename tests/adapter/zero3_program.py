@@ -2,46 +2,30 @@
 
 The persistence threshold is zero, so that really everything is sharded: adapters, biases and base weights. Several
 steps, with transformers' configuration in place as its Trainer has it: from the second on DeepSpeed fetches ahead.
-The pair `start` and `pissa` or `olora` stands for that start on a base model that is sharded already.
+The pair `start` and `pissa` or `olora` stands for that start on a base model that is sharded already, `convolution` and
+`grouped` for a rotated one.
 """
 
 import copy
 import sys
+from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from peft import get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from sharded_model import ADAMW, TARGETS, adapted, base_model, rotated_convolution
 from transformers.integrations import HfDeepSpeedConfig
 
 import sora_hw
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # Qwen2 has biases on q, k and v
-ADAMW = {"lr": 1e-4, "weight_decay": 0.0}
 ZERO3 = {
     "train_batch_size": 2,
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "optimizer": {"type": "AdamW", "params": {"torch_adam": True, **ADAMW}},
 }
-
-
-def base_model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    return model
-
-
-def adapted(base, pre, post):
-    torch.manual_seed(1)
-    options = {"r": 4, "dropout": 0.0, "init_weights": False, "target_modules": TARGETS}
-    return get_peft_model(base, sora_hw.ConditionedConfig(pre=pre, post=post, **options))
 
 
 def compare(pre: str, post: str) -> tuple[float, float]:
@@ -100,11 +84,30 @@ def start(kind: str) -> tuple[float, float]:
     return loss, worst
 
 
+def convolution(_: str) -> tuple[float, float]:
+    """Relative differences of the output and of the worst gradient, of a grouped convolution that is rotated."""
+    torch.manual_seed(0)
+    whole, x = rotated_convolution(), torch.randn(1, 4, 9)
+    sharded = copy.deepcopy(whole)
+    trained = [p for p in sharded.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=sharded, model_parameters=trained, config=ZERO3)
+    outputs, expected = engine(x), whole(x)
+    engine.backward(outputs.square().sum())
+    expected.square().sum().backward()
+    worst = 0.0
+    for p, q in zip(engine.module.parameters(), whole.parameters(), strict=True):
+        assert p.ds_tensor.numel() < p.ds_numel
+        if q.requires_grad:
+            worst = max(worst, ((safe_get_full_grad(p) - q.grad).norm() / q.grad.norm()).item())
+    engine.destroy()
+    return ((outputs - expected).norm() / expected.norm()).item(), worst
+
+
 if __name__ == "__main__":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     in_place = HfDeepSpeedConfig(ZERO3)  # by which PEFT and transformers know; it lasts as long as this name
     for pair in (argument.split("+") for argument in sys.argv[1:] if "+" in argument):
-        differences = start(pair[1]) if pair[0] == "start" else compare(*pair)
+        differences = {"start": start, "convolution": convolution}.get(pair[0], partial(compare, pair[0]))(pair[1])
         if dist.get_rank() == 0:
             print("RESULT", *pair, *differences, flush=True)
