@@ -99,7 +99,8 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
         if size >= LARGEST_FILE:
             yield part
             part, size = {}, 0
-    yield part
+    if size:
+        yield part
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from PIL import Image
+from sealed import write_checkpoint
 
 from sora_hw import cli
 from sora_hw.analysis.figures import COLOURS
@@ -368,9 +369,7 @@ def test_a_run_that_has_not_finished(tmp_path):
     (folder / "trainer_state.json").unlink()
     assert "No losses yet" in write_report([read_run(folder)]).read_text()
     checkpoint = folder / "checkpoint-20"
-    (checkpoint / "global_step20").mkdir(parents=True)
-    (checkpoint / "latest").write_text("global_step20")
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history()[:20]}))
+    write_checkpoint(checkpoint, history()[:20])
     run = read_run(folder)
     assert len(run.history) == 20
     source = write_report([run]).read_text()

@@ -1,6 +1,9 @@
 """A run that goes on from its middle ends exactly where the undisturbed one ends, dropout included."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +30,35 @@ def test_resumed_losses_and_adapter_are_identical(tmp_path, tiny_model, records_
     weights = "adapter/adapter_model.safetensors"
     assert (again.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
     assert again.manifest["resumed_from"].endswith("checkpoint-4") and whole.manifest["resumed_from"] is None
+
+
+def test_other_ranks_and_another_stage_go_on(tmp_path, tiny_model, records_file, train):
+    """Two ranks under ZeRO-2, then one without an engine's sharding, then two under ZeRO-3: the same losses."""
+    given = ["--model", tiny_model, "--train-data", records_file, *ARGUMENTS, "--dropout", 0, "--max-steps", 6]
+    given += ["--save-steps", 2]
+    whole = train(tmp_path / "whole", 2, *given, "--zero-stage", 2)
+    folder = tmp_path / "again"
+    shutil.copytree(whole.folder, folder)
+    for left_later in ("checkpoint-6", "adapter"):
+        shutil.rmtree(folder / left_later)
+    one = train(folder, 0, "--resume", *given, "--zero-stage", 0, "--micro-batch", 2)
+    assert "resuming from" in one.stdout and one.manifest["resumed_from"].endswith("checkpoint-4")
+    assert one.losses == pytest.approx(whole.losses, abs=5e-5) and one.losses[:4] == whole.losses[:4]
+    for left_later in ("checkpoint-6", "adapter"):
+        shutil.rmtree(folder / left_later)
+    two = train(folder, 2, "--resume", *given, "--zero-stage", 3)
+    assert two.manifest["resumed_from"].endswith("checkpoint-4") and two.losses[:4] == whole.losses[:4]
+    assert two.losses == pytest.approx(whole.losses, abs=5e-5)
+
+
+FULL = [pytest.param(stage, 20, marks=pytest.mark.full) for stage in range(4)]
+
+
+@pytest.mark.parametrize(("stage", "steps"), [(2, 4), (3, 4), *FULL])
+def test_interrupted_at_every_step(tmp_path, tiny_model, records_file, stage, steps):
+    """In a process of its own, which DeepSpeed takes for itself."""
+    given = ["--model", tiny_model, "--train-data", records_file, *ARGUMENTS, "--zero-stage", stage]
+    command = [sys.executable, Path(__file__).with_name("resume_program.py"), tmp_path, steps, *given]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1] == f"{steps - 1} of {steps - 1}"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from sora_hw.errors import UserError
-from sora_hw.training.run_folder import RunFolder, newest_checkpoint, open_folder
+from sora_hw.training.run_folder import RunFolder, open_folder
 
 PLAN = SimpleNamespace(recipe=SimpleNamespace(name="commonsense", method="sora"))
 
@@ -41,15 +41,6 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(tmp_path / name for name in own)
 
 
-def test_the_newest_checkpoint_is_the_last_complete_one(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    for step in (5, 10):
-        fill(tmp_path, *(f"checkpoint-{step}/{name}" for name in ("trainer_state.json", "global_step/made.txt")))
-        (tmp_path / f"checkpoint-{step}" / "latest").write_text("global_step")
-    fill(tmp_path, "checkpoint-20/rng_state.pth", "checkpoint-old/trainer_state.json")
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
 def test_runs_are_numbered_where_no_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(open_folder(request(), PLAN, {}).path) == "runs/commonsense-sora-1"
@@ -61,7 +52,9 @@ def test_runs_are_numbered_where_no_folder_is_named(tmp_path, monkeypatch):
 
 
 def test_resuming_where_nothing_was_saved_starts_afresh(tmp_path):
-    assert open_folder(request(output=tmp_path / "new", resume="auto"), PLAN, {}) == RunFolder(tmp_path / "new", None)
+    assert open_folder(request(output=tmp_path / "new", resume="auto"), PLAN, {}) == RunFolder(
+        tmp_path / "new", None, []
+    )
 
 
 @pytest.mark.parametrize(("sweep", "flag"), [(False, "--resume"), (True, "--sweep")])
