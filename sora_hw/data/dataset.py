@@ -243,8 +243,8 @@ def checksum(records: Sequence[Record] | Sequence[SentenceRecord]) -> str:
 
     It covers every field but the id, in the order in which the record's class has them.
     """
-    digest = hashlib.sha256()
+    digest, encode = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
     for record in records:
         fields = [value for name, value in vars(record).items() if name != "id"]
-        digest.update(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+        digest.update(encode(fields).encode() + b"\n")
     return digest.hexdigest()

@@ -4,6 +4,7 @@ What the rows mean is for others to say (`records`, `glue`); here every row know
 wrong with it can be told with file and line. pyarrow and datasets are imported only where they are needed.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -174,7 +175,7 @@ def _list_items(file: BinaryIO, path: Path) -> Numbered:
 
 def _decode(content: bytes, path: Path, first_line: int) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)
         raise DataError(f"{path}: line {line}: not UTF-8 text; convert the file to UTF-8") from None

@@ -1,6 +1,6 @@
 """Records that are too many to be held in memory: on the disk, read back one at a time."""
 
-import json
+import marshal
 import os
 import tempfile
 from array import array
@@ -15,7 +15,7 @@ Kind = TypeVar("Kind")
 
 
 class Spool(Sequence[Kind]):
-    """Dataclasses of JSON's types in a temporary file without a name, which no one else can change or leave behind.
+    """Dataclasses of text and numbers in a temporary file without a name, which no one else can change or leave behind.
 
     In memory is where each of them begins, 8 bytes for each. Raises DataError where the disk has no room for them.
     """
@@ -25,7 +25,7 @@ class Spool(Sequence[Kind]):
         try:
             self._file = tempfile.TemporaryFile(prefix="sora-hw-")  # noqa: SIM115 (open as long as this lives)
             for record in records:
-                written = self._file.write(json.dumps(list(vars(record).values())).encode())
+                written = self._file.write(marshal.dumps(tuple(vars(record).values())))
                 self._starts.append(self._starts[-1] + written)
             self._file.flush()
         except OSError as error:
@@ -41,7 +41,7 @@ class Spool(Sequence[Kind]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         start, end = self._starts[index], self._starts[index + 1]
-        return self._kind(*json.loads(os.pread(self._file.fileno(), end - start, start)))
+        return self._kind(*marshal.loads(os.pread(self._file.fileno(), end - start, start)))
 
 
 def keep(records: Iterable[Kind]) -> Sequence[Kind]:
