@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from sora_hw.data.json_files import check_regular
 from sora_hw.errors import DataError
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def _row(item: object, path: Path, place: str, number: int) -> Row:
 
 
 def _open(path: Path) -> BinaryIO:
+    check_regular(path)
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
@@ -183,15 +185,28 @@ def _decode(content: bytes, path: Path, first_line: int) -> str:
 
 def _parse(text: str, path: Path, first_line: int, if_more_follows: str = "") -> object:
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         hint = if_more_follows if error.msg == "Extra data" else ""
         raise DataError(f"{path}: line {line}: not JSON ({error.msg}, column {error.colno}){hint}") from None
+    except DataError as error:
+        raise DataError(f"{path}: line {first_line}: {error}") from None
     except (RecursionError, ValueError):  # nesting or a number beyond what Python parses
         raise DataError(
             f"{path}: line {first_line}: JSON that is nested too deeply or holds too long a number"
         ) from None
+
+
+def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DataError(f"an object with two fields {shown(next(name for name in names if names.count(name) > 1))}")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
 
 
 def _delimited(file: BinaryIO, path: Path, dialect: str) -> Numbered:

@@ -5,12 +5,12 @@ the pool has, the best on the records held out is taken, and of its runs those w
 give mean and standard deviation, as in the paper's Table 2.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.finished.beside_paper import GLUE, Measure, Sample, Setting, samples, tables_of
 from sora_hw.finished.run import FinishedRun, read_runs
@@ -74,7 +74,7 @@ def _unfinished(folder: Path) -> bool:
     if not file.exists():  # it is written after the first rank
         return any(folder.glob("rank=*"))
     try:
-        return not json.loads(file.read_text()).get("finished", True)  # early versions did not say so
+        return not read_json(file).get("finished", True)  # early versions did not say so
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{file} is damaged; start the sweep again, which repeats no finished run") from None
 

@@ -1,7 +1,6 @@
 """A checkpoint of the authors' released code as an adapter of this library, checked against their formula."""
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from sora_hw.adapter import ConditionedConfig, ConditionedLinear
 from sora_hw.adapter.released import OPTIONS, TENSORS, converted, released_output
+from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.finished.adapters import NAME, WEIGHTS, find_base, new_folder
 from sora_hw.training.base_model import load_as_stored
@@ -68,7 +68,7 @@ def _read_config(path: Path) -> dict[str, object]:
     if not file.exists():
         raise UserError(f"{path}: no checkpoint there (it has no {ADAPTER_CONFIG})")
     try:
-        theirs = dict(json.loads(file.read_text()))
+        theirs = dict(read_json(file))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{file} is damaged") from None
     if theirs.get("peft_type") != "LORA":

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.finished.scores import FILE, GENERATION, LIKELIHOOD
 from sora_hw.storage import write_whole
@@ -134,7 +135,7 @@ def _read_identity(folder: Path) -> dict[str, dict[str, object]] | None:
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_text())
+        found = read_json(file)
         return {name: dict(found[name]) for name in ("model", "questions")}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged, so what was scored is unknown; name another folder") from None

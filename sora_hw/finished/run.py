@@ -1,11 +1,11 @@
 """A run as it lies on the disk: which recipe it followed, what it trained, how it went."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
+from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, Classification, LanguageModelling, Recipe
 from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL, STATE, newest_checkpoint
@@ -60,7 +60,7 @@ class FinishedRun:
         if not file.exists():
             return []
         try:
-            history = list(json.loads(file.read_text())["log_history"])
+            history = list(read_json(file)["log_history"])
             if all(isinstance(entry["step"], int | float) for entry in history):
                 return history
             raise ValueError
@@ -77,7 +77,7 @@ def read_run(folder: Path, model: str | None = None) -> FinishedRun:
     if not file.exists():
         raise UserError(f"{folder}: no run there (it has no {MANIFEST})")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = read_json(file)
         values = dict(manifest["recipe"])
         for section in SECTIONS:
             dict(manifest.get(section) or {})

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.evaluation.tasks import TASKS
 from sora_hw.storage import write_whole
@@ -41,7 +42,7 @@ def read_scores(folder: Path) -> list[Score]:
     if not file.exists():
         return []
     try:
-        scores = [Score(**score) for score in json.loads(file.read_text())["scores"]]
+        scores = [Score(**score) for score in read_json(file)["scores"]]
         if all(score.task in TASKS and math.isfinite(score.value) and score.records > 0 for score in scores):
             return scores
         raise ValueError
@@ -55,6 +56,6 @@ def read_facts(folder: Path) -> dict[str, object]:
     if not file.exists():
         return {}
     try:
-        return {name: value for name, value in json.loads(file.read_text()).items() if name != "scores"}
+        return {name: value for name, value in read_json(file).items() if name != "scores"}
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{file} is damaged; score the run again") from None

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from sora_hw.analysis.figures import COLOURS, Series, draw_all
 from sora_hw.analysis.spectrum import LayerSpectrum
+from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.finished.layer_spectra import Watch, layer_spectra
 from sora_hw.finished.run import FinishedRun, read_runs
@@ -60,7 +61,7 @@ def read_spectrum(run: FinishedRun) -> Spectrum | None:
     if not (file.exists() and run.trained_folder.is_dir()):
         return None
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         if content["version"] != VERSION or content["trained"] != checksum(run.trained, *IDENTITY):
             return None
         layers = [

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
 
+from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, RUN, Recipe
 from sora_hw.storage import write_whole
@@ -166,7 +167,7 @@ def check_writable(path: Path) -> None:
 def _check_same(folder: Path, wanted: Mapping[str, object], flag: str) -> None:
     """Raises UserError, beginning with the `flag` that asked to go on, unless the run in `folder` is the one wanted."""
     try:
-        found = json.loads((folder / MANIFEST).read_text())["fingerprint"]
+        found = read_json(folder / MANIFEST)["fingerprint"]
         differing = [name for name in wanted if found[name] != wanted[name]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{flag}: {folder / MANIFEST} is missing or damaged, so its recipe is unknown") from None

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from sora_hw.data.json_files import read_json
 from sora_hw.devices.cpu import CPU
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import RUN, Grid, Recipe
@@ -148,7 +149,7 @@ def _outcome(path: Path) -> Outcome:
 
 
 def _manifest(path: Path) -> dict[str, object]:
-    return json.loads((path / MANIFEST).read_text())
+    return read_json(path / MANIFEST)
 
 
 def _forget() -> None:
