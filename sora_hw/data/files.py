@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from sora_hw.data.json_files import check_regular
 from sora_hw.errors import DataError
+from sora_hw.storage import check_regular
 
 if TYPE_CHECKING:
     import pyarrow
@@ -277,7 +277,7 @@ def _parquet(file: BinaryIO, path: Path) -> Numbered:
                 yield number, f"row {number}", _as_text(values)
     except UnicodeDecodeError:
         raise DataError(f"{path}: row {number + 1}: not UTF-8 text; write the file again") from None
-    except (pyarrow.ArrowException, OSError, ValueError):
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
         problem = "the parquet file is truncated or damaged" if _starts_as_parquet(path) else "not a parquet file"
         raise DataError(f"{path}: row {number + 1} cannot be read: {problem}; fetch it again") from None
 

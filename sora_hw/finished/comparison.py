@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.finished.beside_paper import GLUE, Measure, Sample, Setting, samples, tables_of
 from sora_hw.finished.run import FinishedRun, read_runs
@@ -18,6 +17,7 @@ from sora_hw.finished.scores import FOLDER, read_facts, read_scores
 from sora_hw.finished.tables import Table
 from sora_hw.recipes import commonsense
 from sora_hw.recipes.recipe import RUN, Classification, Recipe
+from sora_hw.storage import read_json
 from sora_hw.training.sweep_report import SUMMARY, Outcome, chosen
 
 FINISHED, DIVERGED = "finished", "diverged"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from sora_hw.adapter import ConditionedConfig, ConditionedLinear
 from sora_hw.adapter.released import OPTIONS, TENSORS, converted, released_output
-from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.finished.adapters import NAME, WEIGHTS, find_base, new_folder
+from sora_hw.storage import read_json
 from sora_hw.training.base_model import load_as_stored
 from sora_hw.training.saving import ADAPTER_CONFIG
 

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.finished.scores import FILE, GENERATION, LIKELIHOOD
-from sora_hw.storage import write_whole
+from sora_hw.storage import read_json, write_whole
 
 IDENTITY = "scored.json"
 
@@ -79,7 +78,7 @@ class PredictionFile:
                 prediction = json.loads(line)
                 if all(isinstance(prediction[metric], bool) for metric in self.metrics):
                     found[prediction.pop("number")] = prediction
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 continue
         return found
 

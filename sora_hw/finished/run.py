@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
-from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, Classification, LanguageModelling, Recipe
+from sora_hw.storage import read_json
 from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL, STATE, newest_checkpoint
 
 SECTIONS = ("results", "data", "batch", "profile", "versions", "environment", "device_settings")  # of run.json

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.evaluation.tasks import TASKS
-from sora_hw.storage import write_whole
+from sora_hw.storage import read_json, write_whole
 
 FOLDER, FILE = "scores", "scores.json"
 LIKELIHOOD, GENERATION = "likelihood", "generation"  # protocols: the harness' log-likelihoods; LLM-Adapters' answers

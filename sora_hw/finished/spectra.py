@@ -17,12 +17,11 @@ from rich.text import Text
 
 from sora_hw.analysis.figures import COLOURS, Series, draw_all
 from sora_hw.analysis.spectrum import LayerSpectrum
-from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.finished.layer_spectra import Watch, layer_spectra
 from sora_hw.finished.run import FinishedRun, read_runs
 from sora_hw.recipes.recipe import Recipe
-from sora_hw.storage import checksum, write_whole
+from sora_hw.storage import checksum, read_json, write_whole
 from sora_hw.training.run_folder import RUNS
 
 FILE = "spectrum.json"

@@ -119,7 +119,7 @@ def check_model(base: BaseModel, recipe: Recipe) -> int | None:
     if recipe.method == FULL:
         return None
     for name in recipe.modules_to_save:
-        if not any(_names(name, each) for each, _ in model.named_modules()):
+        if not name or not any(_names(name, each) for each, _ in model.named_modules()):
             known = ", ".join(name for name, _ in model.named_children())
             raise UserError(
                 f"--modules-to-save {name}: {base.name} has no layer of this name; outermost it has {known}"

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
 
-from sora_hw.data.json_files import read_json
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, RUN, Recipe
-from sora_hw.storage import write_whole
+from sora_hw.storage import read_json, write_whole
 from sora_hw.training.arguments import NEWEST, Request
 from sora_hw.training.plan import Plan
 

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from sora_hw.data.json_files import read_json
 from sora_hw.devices.cpu import CPU
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import RUN, Grid, Recipe
+from sora_hw.storage import read_json
 from sora_hw.training.arguments import NEWEST, Request, paper_recipe
 from sora_hw.training.plan import make_plan
 from sora_hw.training.run import Diverged, announce, check, train
