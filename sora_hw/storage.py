@@ -44,6 +44,7 @@ def checksum(folder: Path, *patterns: str) -> str:
     """SHA-256 of the names and the contents of the files in `folder` that match any of the glob patterns."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        check_regular(file)
         with open(file, "rb") as opened:
             digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -179,8 +179,11 @@ def _head(folder: Path, config: PeftConfig) -> _Head:
     if not (isinstance(auto_class, type) and hasattr(auto_class, "from_pretrained")):
         raise UserError(f"{folder / ADAPTER_CONFIG} names neither a task_type nor a model class of transformers")
     options = {}
-    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (folder / WEIGHTS).exists():
-        with safe_open(folder / WEIGHTS, framework="pt") as weights:
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (folder / WEIGHTS).is_file():
+        with (
+            suppress(SafetensorError),
+            safe_open(folder / WEIGHTS, framework="pt") as weights,
+        ):  # told when it is loaded
             for name in weights.keys():  # noqa: SIM118
                 if name.endswith(("classifier.weight", "score.weight", "classifier.out_proj.weight")):
                     options["num_labels"] = weights.get_slice(name).get_shape()[0]

@@ -81,7 +81,7 @@ def _read_config(path: Path) -> dict[str, object]:
 
 def _read_tensors(path: Path) -> tuple[Layers, dict[str, Tensor]]:
     """Those of the released layers by layer, and all others."""
-    if not any((path / name).exists() for name in (WEIGHTS, "adapter_model.bin")):
+    if not any((path / name).is_file() for name in (WEIGHTS, "adapter_model.bin")):
         raise UserError(f"{path}: no weights there ({WEIGHTS} or adapter_model.bin)")
     try:
         tensors = load_peft_weights(str(path), device="cpu")  # of a pickle only tensors, whatever else it holds

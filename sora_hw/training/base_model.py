@@ -27,6 +27,7 @@ from sora_hw.data.embedded import MODEL_PATH
 from sora_hw.errors import UserError
 from sora_hw.hardware import Profile
 from sora_hw.recipes.recipe import EMBEDDED, FULL, Recipe
+from sora_hw.storage import check_regular
 from sora_hw.training.methods import is_expression
 from sora_hw.training.objectives import Objective
 
@@ -173,6 +174,7 @@ def _check_weights(base: BaseModel, shapes: Mapping[str, tuple[int, ...]]) -> No
     """The safetensors files of a local model: each is whole, and its tensors have the shapes of the configuration."""
     for file in sorted(Path(base.source).glob("*.safetensors")):
         try:
+            check_regular(file)
             with safe_open(file, framework="pt") as weights:
                 found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:

@@ -74,7 +74,6 @@ CHANGED = {
     "layers-text": {"layers_to_transform": "x"},
     "layers-pattern-number": {"layers_pattern": 7},
     "parameters": {"target_parameters": ["q_proj.weight"]},
-    "save-missing": {"modules_to_save": ["nothing"]},
     "save-number": {"modules_to_save": 7},
     "tokens-text": {"trainable_token_indices": "x"},
     "tokens-beyond": {"trainable_token_indices": [10**9]},
