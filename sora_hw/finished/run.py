@@ -61,10 +61,12 @@ class FinishedRun:
             return []
         try:
             history = list(read_json(file)["log_history"])
-            if all(isinstance(entry["step"], int | float) for entry in history):
+            for entry in history:
+                list(map(float, (value for value in entry.values() if isinstance(value, int))))  # no float holds all
+            if all(isinstance(entry["step"], int) for entry in history):
                 return history
             raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError):
             raise UserError(f"{file} is damaged") from None
 
 
@@ -88,14 +90,25 @@ def read_run(folder: Path, model: str | None = None) -> FinishedRun:
     if known != set(values):
         differing = ", ".join(sorted(known ^ set(values)))
         raise UserError(f"{file}: its recipe is of another version of sora_hw (differing: {differing})")
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    if wrong := [field.name for field in fields(kind) if not _is_of(values[field.name], field.type)]:
+        raise UserError(f"{file} is damaged: the {wrong[0]} of its recipe is of another type than a recipe has")
     try:
-        recipe = kind(**{**values, **lists, "model": model or values["model"]})
+        recipe = kind(**{**values, "model": model or values["model"]})
     except UserError as error:  # it speaks of a flag
         raise UserError(f"{file}: its recipe does not exist here ({error})") from None
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{file} is damaged") from None
     return FinishedRun(folder, manifest, recipe)
+
+
+def _is_of(value: object, kind: object) -> bool:
+    """Whether a value may stand in a recipe's field of this type."""
+    if kind == tuple[str, ...]:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def read_runs(folders: Sequence[Path], model: str | None = None) -> list[FinishedRun]:

@@ -42,11 +42,16 @@ def read_scores(folder: Path) -> list[Score]:
         return []
     try:
         scores = [Score(**score) for score in read_json(file)["scores"]]
-        if all(score.task in TASKS and math.isfinite(score.value) and score.records > 0 for score in scores):
+        if all(map(_can_be, scores)):
             return scores
         raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError):
         raise UserError(f"{file} is damaged; score the run again") from None
+
+
+def _can_be(score: Score) -> bool:
+    known = score.protocol in (LIKELIHOOD, GENERATION) and score.metric in (ACCURACY, NORMALISED, STRICT)
+    return known and score.task in TASKS and math.isfinite(score.value) and score.records > 0
 
 
 def read_facts(folder: Path) -> dict[str, object]:
