@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(error: UserError | OSError) -> str:
-    """What a program prints of it: one line, without what a terminal would take for a command.
+    """What a program prints of it: one line, without what a terminal would take for a command or an address' password.
 
     Raises the error itself where it is the system's and names no file: then it is no mistake of the user's.
     """
@@ -35,5 +35,5 @@ def one_line(error: UserError | OSError) -> str:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error)
-    line = re.sub(r"\s*\n\s*", " ", text)
+    line = re.sub(r"(?<=://)[^/\s@]+@", "(hidden)@", re.sub(r"\s*\n\s*", " ", text))
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)

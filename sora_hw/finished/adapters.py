@@ -117,7 +117,8 @@ def save_tokenizer(adapter: Adapter, folder: Path) -> bool:
     """Write the adapter's own tokenizer to `folder`, else the base model's. False where neither has one."""
     own = (adapter.folder / "tokenizer_config.json").exists()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(adapter.folder) if own else adapter.base.source)
+        source = str(adapter.folder) if own else adapter.base.source
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception:  # transformers raises all kinds where a folder has no tokenizer
         return False
     tokenizer.save_pretrained(folder)
