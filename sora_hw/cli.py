@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from sora_hw import __version__
 from sora_hw.devices.cpu import CPU
 from sora_hw.devices.detect import BACKENDS
 from sora_hw.doctor import examine, ready
-from sora_hw.errors import Parser, UserError
+from sora_hw.errors import Parser, UserError, one_line
 from sora_hw.recipes import BENCHMARKS
 
 
@@ -42,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unrecognized arguments: {' '.join(rest)}; see --help")
         arguments.rest = rest
         return arguments.run(arguments, Console())
-    except UserError as error:
-        print("sora-hw:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+    except (UserError, OSError) as error:
+        print("sora-hw:", one_line(error), file=sys.stderr)
         return 2
 
 

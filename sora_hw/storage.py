@@ -1,7 +1,10 @@
-"""Files that are on the disk whole or not at all, and what tells them from others."""
+"""Files that are on the disk whole or not at all, what tells them from others, and reading what others have written."""
 
+import errno
 import hashlib
+import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +44,26 @@ def checksum(folder: Path, *patterns: str) -> str:
     """SHA-256 of the names and the contents of the files in `folder` that match any of the glob patterns."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        check_regular(file)
         with open(file, "rb") as opened:
             digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def read_json(file: Path) -> object:
+    """What the file holds, in JSON's types; whatever is wrong with it is an OSError or a ValueError.
+
+    Raises OSError where it cannot be read or is no regular file, ValueError where it is not UTF-8, not JSON, or nested
+    deeper than Python goes.
+    """
+    check_regular(file)
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def check_regular(file: Path) -> None:
+    """Raises OSError for what is neither a file nor a link to one: a pipe would be waited for, a device may not end."""
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(file))

@@ -87,6 +87,41 @@ def test_kernels_see_the_operators_only(path):
     assert [name for name in seen if not re.match(r"sora_hw\.ops(\.|$)", name)] == []
 
 
+def _runs_what_it_reads(source: str) -> list[str]:
+    """Calls that may run what a file or a user's text says: unpickling, evaluation, shells, code from the hub."""
+    forbidden = r"(eval|exec|compile|__import__|os\.(system|popen)|yaml\.(unsafe_|full_)?load|subprocess\.getoutput)"
+    forbidden += r"|((c?[pP]ickle|dill|marshal|shelve|joblib|cloudpickle)\.\w+)"
+    wanted = {"weights_only": True, "trust_remote_code": False, "shell": False, "allow_pickle": False}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
+        wrong = [arg for arg, value in wanted.items() if arg in given and given[arg] != str(value)]
+        if re.fullmatch(forbidden, name) or wrong or (name == "torch.load" and "weights_only" not in given):
+            found.append(f"line {node.lineno}: {name}({', '.join(wrong)})")
+    return found
+
+
+def test_the_scan_finds_what_runs_what_it_reads():
+    source = """
+torch.load(f, weights_only=True), model.eval(), re.compile(x), subprocess.run(["a"]), yaml.safe_load(f)
+eval(x), torch.load(f), torch.load(f, weights_only=False), subprocess.run(x, shell=True), os.system(x)
+pickle.loads(x), yaml.load(x), np.load(f, allow_pickle=True), A.from_pretrained(x, trust_remote_code=flag)
+"""
+    found = _runs_what_it_reads(source)
+    assert len(found) == 9 and not [each for each in found if each.startswith("line 2:")]
+
+
+OWN_UNNAMED_FILE = {"sora_hw/data/spool.py": ("marshal.dumps()", "marshal.loads()")}  # nobody else can write into it
+
+
+@pytest.mark.parametrize("path", LIBRARY + KERNELS + LAUNCHERS, ids=_label)
+def test_nothing_runs_what_it_reads(path):
+    found = [each.partition(": ")[2] for each in _runs_what_it_reads(path.read_text())]
+    assert sorted(found) == sorted(OWN_UNNAMED_FILE.get(_label(path), ()))
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=_label)
 def test_the_library_imports_no_kernel_package(path):
     assert [
@@ -148,6 +183,30 @@ def test_constraints_pin_the_tested_versions():
         name: support.tested for name, support in SUPPORTED.items() if name != "python"
     }
     assert not [pin for pin in pins.values() if "+" in pin or "/" in pin]
+
+
+def test_every_dependency_that_is_installed_is_the_pinned_one():
+    """All that a declared requirement brings with it, and nothing but the versions that have been looked at."""
+    lines = (REPOSITORY / "ci" / "constraints.txt").read_text().splitlines()
+    pins = {
+        _normal(name): pin for name, pin in (line.split("==") for line in lines if line and not line.startswith("#"))
+    }
+    project = PYPROJECT["project"]
+    waiting = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["dev"])]
+    versions = {}
+    while waiting:
+        requirement = waiting.pop()
+        name = _normal(requirement.name)
+        if name in versions or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        try:
+            found = metadata.distribution(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue  # of another platform or build of torch
+        versions[name] = found.version.partition("+")[0]
+        waiting += map(Requirement, found.requires or ())
+    assert len(versions) > 60
+    assert {name: version for name, version in versions.items() if pins.get(name) != version} == {}
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -155,7 +156,7 @@ class ConditionedConfig(PeftConfig):
             self.pre, self.post = self.pre or "none", self.post or "none"
             self.method = next((name for name, pair in PRESETS.items() if pair == (self.pre, self.post)), None)
             return
-        if self.method not in PRESETS:
+        if self.method not in tuple(PRESETS):  # which may be of any type
             raise ValueError(f"method={self.method!r} is unknown: choose one of {', '.join(PRESETS)}")
         pre, post = PRESETS[self.method]
         for name, given, preset in (("pre", self.pre, pre), ("post", self.post, post)):
@@ -183,14 +184,18 @@ class ConditionedConfig(PeftConfig):
             ("bias", ("none", "all", "conditioned_only")),
             ("init_weights", (True, False, *STARTS)),
         ):
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in tuple(known):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(map(str, known))}"
                 )
         for name in ("alpha", "dropout", "rotation_eps"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{name}={value!r} must be a finite number")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, list) and not all(isinstance(each, str) for each in value):
+                raise ValueError(f"{name}={value!r} must be names")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
         if not self.rotation_eps > 0:

@@ -3,21 +3,24 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import TypeVar
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from sora_hw.data.glue import SentenceRecord
 from sora_hw.data.prompts import prompt, training_text
 from sora_hw.data.records import Record
+from sora_hw.data.spool import IN_MEMORY
 from sora_hw.errors import DataError
 
 IGNORED = -100  # the label of a token that is read but not learned (torch.nn.CrossEntropyLoss)
+PROBED = 1_000  # samples that are made at once of records that are tokenised as they are taken
 Kind = TypeVar("Kind", Record, SentenceRecord)
 
 
@@ -38,6 +41,16 @@ class _Tokenised(Dataset):
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(map(len, self.input_ids))
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id."""
+        return max(map(max, self.input_ids))
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,44 @@ class SentenceSamples(_Tokenised):
         if self.token_type_ids is not None:
             sample["token_type_ids"] = self.token_type_ids[index]
         return sample
+
+
+class LazySamples(Dataset):
+    """Samples of so many records that each is tokenised when it is taken. What only all of them together could tell,
+    how many are cut and how many teach nothing, is not known: a record of which nothing to be learned remains gives its
+    place to the next one.
+
+    Raises DataError when that is so of all of the first `PROBED` records.
+    """
+
+    truncated = left_out = shortest = None
+
+    def __init__(self, records: Sequence[Kind], max_length: int, tokenise: Callable[[Sequence[Kind]], _Tokenised]):
+        self.records, self.longest, self._tokenise = records, max_length, tokenise
+        probe = tokenise([records[index] for index in range(min(PROBED, len(records)))])
+        if not len(probe):
+            raise DataError(
+                f"nothing to learn remains of the first {probe.left_out} records at a maximum length of {max_length} "
+                "tokens; raise --max-length"
+            )
+        self.largest_token = probe.largest_token
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        while True:
+            samples = self._tokenise([self.records[index]])
+            if len(samples):
+                return samples[0]
+            index = (index + 1) % len(self)
+
+
+def make_samples(
+    records: Sequence[Kind], max_length: int, tokenise: Callable[[Sequence[Kind]], _Tokenised]
+) -> _Tokenised | LazySamples:
+    """The samples of `records` by `tokenise`, cut at `max_length`: all at once, or of too many one at a time."""
+    return tokenise(records) if len(records) <= IN_MEMORY else LazySamples(records, max_length, tokenise)
 
 
 def tokenise(
@@ -143,14 +194,14 @@ def _teaches(labels: list[int]) -> bool:
     return any(label != IGNORED for label in labels[1:])
 
 
-def draw(records: Sequence[Kind], size: int | None, seed: int) -> list[Kind]:
+def draw(records: Sequence[Kind], size: int | None, seed: int) -> Sequence[Kind]:
     """`size` of the records, drawn by `seed`, in their order; all where `size` is None or there are no more of them."""
     if size is None or size >= len(records):
-        return list(records)
-    return [records[index] for index in sorted(random.Random(f"subset {seed}").sample(range(len(records)), size))]
+        return records
+    return _chosen(records, sorted(random.Random(f"subset {seed}").sample(range(len(records)), size)))
 
 
-def split(records: Sequence[Kind], validation_size: int, seed: int) -> tuple[list[Kind], list[Kind]]:
+def split(records: Sequence[Kind], validation_size: int, seed: int) -> tuple[Sequence[Kind], Sequence[Kind]]:
     """(training records, validation records): `validation_size` of them drawn by `seed`, the rest in their order.
 
     Raises DataError when nothing would be left to train on.
@@ -161,8 +212,15 @@ def split(records: Sequence[Kind], validation_size: int, seed: int) -> tuple[lis
             "give more data or a smaller --validation-size"
         )
     held_out = set(random.Random(f"validation {seed}").sample(range(len(records)), validation_size))
-    training = [record for index, record in enumerate(records) if index not in held_out]
-    return training, [records[index] for index in sorted(held_out)]
+    training = [index for index in range(len(records)) if index not in held_out]
+    return _chosen(records, training), _chosen(records, sorted(held_out))
+
+
+def _chosen(records: Sequence[Kind], indices: Sequence[int]) -> Sequence[Kind]:
+    """The records at `indices`; too many of them stay where they are."""
+    if len(indices) <= IN_MEMORY:
+        return [records[index] for index in indices]
+    return Subset(records, array("Q", indices))
 
 
 def sample_order(size: int, total: int, seed: int) -> list[int]:
@@ -185,8 +243,8 @@ def checksum(records: Sequence[Record] | Sequence[SentenceRecord]) -> str:
 
     It covers every field but the id, in the order in which the record's class has them.
     """
-    digest = hashlib.sha256()
+    digest, encode = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
     for record in records:
         fields = [value for name, value in vars(record).items() if name != "id"]
-        digest.update(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+        digest.update(encode(fields).encode() + b"\n")
     return digest.hexdigest()

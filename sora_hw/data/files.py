@@ -4,6 +4,7 @@ What the rows mean is for others to say (`records`, `glue`); here every row know
 wrong with it can be told with file and line. pyarrow and datasets are imported only where they are needed.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from sora_hw.errors import DataError
+from sora_hw.storage import check_regular
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,8 +46,10 @@ class Row:
     @property
     def id(self) -> str:
         """The row's own id, otherwise "<file name or id of the data set>:<number>"."""
+        if given := self.values.get("id"):
+            return str(given)
         name = Path(self.source).name if self.source.lower().endswith(SUFFIXES) else self.source
-        return str(self.values.get("id") or f"{name}:{self.number}")
+        return f"{name}:{self.number}"
 
     def text(self, column: str) -> str:
         """The text in `column`. Raises DataError when there is none, or something that is not text."""
@@ -70,7 +74,13 @@ class Row:
 
 
 def read_rows(sources: Sequence[str | Path], split: str = "train", subset: str | None = None) -> list[Row]:
-    """All rows of `sources`, in the order of the sources and of the rows within them.
+    """All rows of `sources`, as `iterate_rows` gives them."""
+    return list(iterate_rows(sources, split, subset))
+
+
+def iterate_rows(sources: Sequence[str | Path], split: str = "train", subset: str | None = None) -> Iterator[Row]:
+    """The rows of `sources`, in the order of the sources and of the rows within them, one at a time: of all kinds of
+    file but json, whose list is parsed as one, no more than a part is in memory.
 
     A json file holds one list of objects, a jsonl file one object per line; csv and tsv files start with a line that
     names the columns. All of these are UTF-8 and may be gzipped. Parquet files are read as they are. What is no file
@@ -79,11 +89,8 @@ def read_rows(sources: Sequence[str | Path], split: str = "train", subset: str |
 
     Raises DataError, naming file and line, for a source that is missing, empty, truncated or not what its name says.
     """
-    return [row for source in sources for row in _read_source(source, split, subset)]
-
-
-def _read_source(source: str | Path, split: str, subset: str | None) -> list[Row]:
-    return _hub_rows(str(source), split, subset) if is_on_hub(source) else _file_rows(Path(source))
+    for source in sources:
+        yield from _hub_rows(str(source), split, subset) if is_on_hub(source) else _file_rows(Path(source))
 
 
 def is_on_hub(source: str | Path) -> bool:
@@ -92,7 +99,7 @@ def is_on_hub(source: str | Path) -> bool:
     return bool(reads_so) and not str(source).lower().endswith(SUFFIXES)
 
 
-def _hub_rows(name: str, split: str, subset: str | None) -> list[Row]:
+def _hub_rows(name: str, split: str, subset: str | None) -> Iterator[Row]:
     import datasets
 
     try:
@@ -105,12 +112,11 @@ def _hub_rows(name: str, split: str, subset: str | None) -> list[Row]:
         ) from None
     if not len(table):
         raise DataError(f"{name}: the split {split} holds no records")
-    return [
-        Row(name, f"row {number} of {split}", number, _as_text(values)) for number, values in enumerate(table, start=1)
-    ]
+    for number, values in enumerate(table, start=1):
+        yield Row(name, f"row {number} of {split}", number, _as_text(values))
 
 
-def _file_rows(path: Path) -> list[Row]:
+def _file_rows(path: Path) -> Iterator[Row]:
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise DataError(
@@ -118,9 +124,12 @@ def _file_rows(path: Path) -> list[Row]:
             "or the id of a data set on the Hugging Face hub (owner/name)"
         )
     read = next(read for suffix, read in READERS.items() if name.removesuffix(".gz").endswith(suffix))
+    is_empty = True
     try:
         with _open(path) as file:
-            rows = [_row(item, path, place, number) for number, place, item in read(file, path)]
+            for number, place, item in read(file, path):
+                yield _row(item, path, place, number)
+                is_empty = False
     except FileNotFoundError:
         raise DataError(f"{path}: no such data file") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -129,9 +138,8 @@ def _file_rows(path: Path) -> list[Row]:
         raise DataError(f"{path}: not a gzip file although its name ends in .gz") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not rows:
+    if is_empty:
         raise DataError(f"{path}: the file holds no records")
-    return rows
 
 
 def _row(item: object, path: Path, place: str, number: int) -> Row:
@@ -141,6 +149,7 @@ def _row(item: object, path: Path, place: str, number: int) -> Row:
 
 
 def _open(path: Path) -> BinaryIO:
+    check_regular(path)
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
@@ -168,7 +177,7 @@ def _list_items(file: BinaryIO, path: Path) -> Numbered:
 
 def _decode(content: bytes, path: Path, first_line: int) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)
         raise DataError(f"{path}: line {line}: not UTF-8 text; convert the file to UTF-8") from None
@@ -176,20 +185,33 @@ def _decode(content: bytes, path: Path, first_line: int) -> str:
 
 def _parse(text: str, path: Path, first_line: int, if_more_follows: str = "") -> object:
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         hint = if_more_follows if error.msg == "Extra data" else ""
         raise DataError(f"{path}: line {line}: not JSON ({error.msg}, column {error.colno}){hint}") from None
+    except DataError as error:
+        raise DataError(f"{path}: line {first_line}: {error}") from None
     except (RecursionError, ValueError):  # nesting or a number beyond what Python parses
         raise DataError(
             f"{path}: line {first_line}: JSON that is nested too deeply or holds too long a number"
         ) from None
 
 
+def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DataError(f"an object with two fields {shown(next(name for name in names if names.count(name) > 1))}")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
+
+
 def _delimited(file: BinaryIO, path: Path, dialect: str) -> Numbered:
     """Lines of csv or tsv below their header; a cell in quotes may go on over several lines."""
-    cells_of_lines = _cells(_decode(file.read(), path, 1), path, dialect)
+    cells_of_lines = _cells(_text_lines(file, path), path, dialect)
     line, header = next(cells_of_lines, (1, []))
     _check_names(header, f"{path}: line {line}: the header")
     for line, cells in cells_of_lines:
@@ -201,12 +223,23 @@ def _delimited(file: BinaryIO, path: Path, dialect: str) -> Numbered:
         yield line, f"line {line}", dict(zip(header, cells, strict=True))
 
 
-def _cells(text: str, path: Path, dialect: str) -> Iterator[tuple[int, list[str]]]:
+def _text_lines(file: BinaryIO, path: Path) -> Iterator[str]:
+    """The lines with their ends, be it \\n, \\r\\n or \\r."""
+    number = 1
+    try:
+        for line in io.TextIOWrapper(file, encoding="utf-8-sig", newline=""):
+            if "\0" in line:
+                raise DataError(f"{path}: line {number}: a NUL byte, which no text has; fetch or write the file again")
+            yield line
+            number += 1
+    except UnicodeDecodeError:  # it knows its place in a piece of the file only
+        with _open(path) as whole:
+            _decode(whole.read(), path, 1)
+
+
+def _cells(lines: Iterator[str], path: Path, dialect: str) -> Iterator[tuple[int, list[str]]]:
     """(first line, cells) of every row that is not blank."""
-    if "\0" in text:
-        line = 1 + text.count("\n", 0, text.index("\0"))
-        raise DataError(f"{path}: line {line}: a NUL byte, which no text has; fetch or write the file again")
-    reader = csv.reader(io.StringIO(text, newline=""), dialect, strict=True)
+    reader = csv.reader(lines, dialect, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -244,7 +277,7 @@ def _parquet(file: BinaryIO, path: Path) -> Numbered:
                 yield number, f"row {number}", _as_text(values)
     except UnicodeDecodeError:
         raise DataError(f"{path}: row {number + 1}: not UTF-8 text; write the file again") from None
-    except (pyarrow.ArrowException, OSError, ValueError):
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError):
         problem = "the parquet file is truncated or damaged" if _starts_as_parquet(path) else "not a parquet file"
         raise DataError(f"{path}: row {number + 1} cannot be read: {problem}; fetch it again") from None
 

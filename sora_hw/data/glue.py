@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from sora_hw.data.files import Row, read_rows, shown
+from sora_hw.data.files import Row, iterate_rows, shown
+from sora_hw.data.spool import keep
 
 HIGHEST_SCORE = 5.0  # STS-B rates the similarity of two sentences from 0 to this
 PAIR = ("sentence1", "sentence2")
@@ -57,16 +58,16 @@ class SentenceRecord:
     id: str = ""
 
 
-def read_sentences(sources: Sequence[str | Path], task: GlueTask, split: str = "train") -> list[SentenceRecord]:
+def read_sentences(sources: Sequence[str | Path], task: GlueTask, split: str = "train") -> Sequence[SentenceRecord]:
     """All records of `sources`: data files, or "nyu-mll/glue" on the Hugging Face hub, whose `split` is read.
 
     Rows have the task's columns (any pair may also be in `sentence1` and `sentence2`) and `label`, a number or its
     text. `id` is optional and further columns are ignored.
 
-    Raises DataError, naming file and line, for what `read_rows` cannot read and for a row that lacks a sentence or
+    Raises DataError, naming file and line, for what `iterate_rows` cannot read and for a row that lacks a sentence or
     whose label is not one of the task's.
     """
-    return [_record(row, task) for row in read_rows(sources, split, subset=task.name)]
+    return keep(_record(row, task) for row in iterate_rows(sources, split, subset=task.name))
 
 
 def _record(row: Row, task: GlueTask) -> SentenceRecord:

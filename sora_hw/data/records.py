@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_hw.data.files import Row, read_rows, shown
+from sora_hw.data.files import Row, iterate_rows, read_rows, shown
+from sora_hw.data.spool import keep
 
 METAMATH_ANSWER = "The answer is:"
 
@@ -20,7 +21,7 @@ class Record:
     id: str = ""
 
 
-def read_records(sources: Sequence[str | Path], split: str = "train") -> list[Record]:
+def read_records(sources: Sequence[str | Path], split: str = "train") -> Sequence[Record]:
     """All records of `sources`: data files, or data sets of the Hugging Face hub, whose `split` is read.
 
     Rows need LLM-Adapters' `instruction`, `output` and `answer`, or MetaMathQA's `query` and `response`, whose answer
@@ -30,7 +31,7 @@ def read_records(sources: Sequence[str | Path], split: str = "train") -> list[Re
     Raises DataError, naming file and line, for what `read_rows` cannot read and for a row that lacks a field or has one
     of the wrong type.
     """
-    return [_record(row) for row in read_rows(sources, split)]
+    return keep(map(_record, iterate_rows(sources, split)))
 
 
 @dataclass(frozen=True)

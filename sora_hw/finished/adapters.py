@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,13 +20,13 @@ from sora_hw.adapter.checkpoint import AUTO_CLASSES
 from sora_hw.errors import UserError
 from sora_hw.finished.run import read_run
 from sora_hw.recipes.recipe import FULL
+from sora_hw.storage import read_json
 from sora_hw.training.base_model import BaseModel, find, load_as_stored
 from sora_hw.training.objectives import objective_of
 from sora_hw.training.run_folder import MANIFEST, MODEL
-from sora_hw.training.saving import ADAPTER_CONFIG, load_adapter
+from sora_hw.training.saving import ADAPTER_CONFIG, WEIGHTS, load_adapter
 
 NAME = "default"  # of the one adapter that `open_adapter` loads
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def find_adapter(path: Path, model: str | None) -> Adapter:
 def find_base(folder: Path, config: PeftConfig, model: str | None) -> BaseModel:
     """The base model by an adapter's configuration, or `model`. Raises UserError where it is not to be found."""
     name = model or config.base_model_name_or_path
-    if not name:
+    if not (name and isinstance(name, str)):
         raise UserError(f"{folder / ADAPTER_CONFIG} does not name the base model; give it with --model")
     return find(name, _head(folder, config))
 
@@ -84,8 +84,9 @@ def read_config(folder: Path) -> PeftConfig:
     if not (folder / ADAPTER_CONFIG).exists():
         raise UserError(f"{folder}: neither a run nor an adapter (no {MANIFEST} and no {ADAPTER_CONFIG} in it)")
     try:
+        dict(read_json(folder / ADAPTER_CONFIG))
         return PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # each method of PEFT's fails in its own ways at what a file may hold
         raise UserError(f"{folder / ADAPTER_CONFIG} cannot be read ({' '.join(str(error).split())})") from None
 
 
@@ -116,7 +117,8 @@ def save_tokenizer(adapter: Adapter, folder: Path) -> bool:
     """Write the adapter's own tokenizer to `folder`, else the base model's. False where neither has one."""
     own = (adapter.folder / "tokenizer_config.json").exists()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(adapter.folder) if own else adapter.base.source)
+        source = str(adapter.folder) if own else adapter.base.source
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception:  # transformers raises all kinds where a folder has no tokenizer
         return False
     tokenizer.save_pretrained(folder)
@@ -172,14 +174,17 @@ def shown(dtype: torch.dtype) -> str:
 def _head(folder: Path, config: PeftConfig) -> _Head:
     """The head by the adapter's task type, or by the class that PEFT has noted where it was given none. The labels of a
     classifier are counted in its saved weights."""
-    noted = config.auto_mapping or {}
-    own = noted["base_model_class"] if noted.get("parent_library", "").startswith("transformers.") else ""
-    auto_class = getattr(transformers, AUTO_CLASSES.get(config.task_type, own), None)
-    if auto_class is None:
+    noted = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    own = noted.get("base_model_class") if str(noted.get("parent_library")).startswith("transformers.") else None
+    auto_class = getattr(transformers, AUTO_CLASSES.get(str(config.task_type), str(own)), None)
+    if not (isinstance(auto_class, type) and hasattr(auto_class, "from_pretrained")):
         raise UserError(f"{folder / ADAPTER_CONFIG} names neither a task_type nor a model class of transformers")
     options = {}
-    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (folder / WEIGHTS).exists():
-        with safe_open(folder / WEIGHTS, framework="pt") as weights:
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (folder / WEIGHTS).is_file():
+        with (
+            suppress(SafetensorError),
+            safe_open(folder / WEIGHTS, framework="pt") as weights,
+        ):  # told when it is loaded
             for name in weights.keys():  # noqa: SIM118
                 if name.endswith(("classifier.weight", "score.weight", "classifier.out_proj.weight")):
                     options["num_labels"] = weights.get_slice(name).get_shape()[0]

@@ -5,7 +5,6 @@ the pool has, the best on the records held out is taken, and of its runs those w
 give mean and standard deviation, as in the paper's Table 2.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -18,6 +17,7 @@ from sora_hw.finished.scores import FOLDER, read_facts, read_scores
 from sora_hw.finished.tables import Table
 from sora_hw.recipes import commonsense
 from sora_hw.recipes.recipe import RUN, Classification, Recipe
+from sora_hw.storage import read_json
 from sora_hw.training.sweep_report import SUMMARY, Outcome, chosen
 
 FINISHED, DIVERGED = "finished", "diverged"
@@ -74,7 +74,7 @@ def _unfinished(folder: Path) -> bool:
     if not file.exists():  # it is written after the first rank
         return any(folder.glob("rank=*"))
     try:
-        return not json.loads(file.read_text()).get("finished", True)  # early versions did not say so
+        return not read_json(file).get("finished", True)  # early versions did not say so
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{file} is damaged; start the sweep again, which repeats no finished run") from None
 

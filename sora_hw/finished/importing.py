@@ -1,7 +1,6 @@
 """A checkpoint of the authors' released code as an adapter of this library, checked against their formula."""
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -20,6 +19,7 @@ from sora_hw.adapter import ConditionedConfig, ConditionedLinear
 from sora_hw.adapter.released import OPTIONS, TENSORS, converted, released_output
 from sora_hw.errors import UserError
 from sora_hw.finished.adapters import NAME, WEIGHTS, find_base, new_folder
+from sora_hw.storage import read_json
 from sora_hw.training.base_model import load_as_stored
 from sora_hw.training.saving import ADAPTER_CONFIG
 
@@ -68,7 +68,7 @@ def _read_config(path: Path) -> dict[str, object]:
     if not file.exists():
         raise UserError(f"{path}: no checkpoint there (it has no {ADAPTER_CONFIG})")
     try:
-        theirs = dict(json.loads(file.read_text()))
+        theirs = dict(read_json(file))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{file} is damaged") from None
     if theirs.get("peft_type") != "LORA":
@@ -81,7 +81,7 @@ def _read_config(path: Path) -> dict[str, object]:
 
 def _read_tensors(path: Path) -> tuple[Layers, dict[str, Tensor]]:
     """Those of the released layers by layer, and all others."""
-    if not any((path / name).exists() for name in (WEIGHTS, "adapter_model.bin")):
+    if not any((path / name).is_file() for name in (WEIGHTS, "adapter_model.bin")):
         raise UserError(f"{path}: no weights there ({WEIGHTS} or adapter_model.bin)")
     try:
         tensors = load_peft_weights(str(path), device="cpu")  # of a pickle only tensors, whatever else it holds

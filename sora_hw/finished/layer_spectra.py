@@ -11,7 +11,6 @@ import psutil
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,9 +21,11 @@ from sora_hw.finished.run import FinishedRun
 from sora_hw.finished.weights import StoredModel
 from sora_hw.hardware import Profile
 from sora_hw.recipes.recipe import FULL
+from sora_hw.storage import check_regular
 from sora_hw.training.base_model import find, targeted
 from sora_hw.training.objectives import objective_of
 from sora_hw.training.run_folder import MANIFEST
+from sora_hw.training.saving import WEIGHTS
 
 # base_model.model.LAYER.conditioned_A of ours; base_model.model.LAYER.lora_A.weight or .oft_R.weight of PEFT's
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?:conditioned|lora|oft)_(?P<parameter>\w+)(?:\.weight)?")
@@ -80,8 +81,9 @@ def _adapter(folder: Path) -> tuple[PeftConfig, Adapter]:
     """The configuration and the tensors of an adapter."""
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        check_regular(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:  # each method of PEFT's fails in its own ways at what a file may hold
         raise UserError(f"{folder}: the adapter is missing or damaged ({str(error).splitlines()[0]})") from None
     adapter: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

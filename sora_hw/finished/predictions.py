@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sora_hw.errors import UserError
 from sora_hw.finished.scores import FILE, GENERATION, LIKELIHOOD
-from sora_hw.storage import write_whole
+from sora_hw.storage import read_json, write_whole
 
 IDENTITY = "scored.json"
 
@@ -78,7 +78,7 @@ class PredictionFile:
                 prediction = json.loads(line)
                 if all(isinstance(prediction[metric], bool) for metric in self.metrics):
                     found[prediction.pop("number")] = prediction
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 continue
         return found
 
@@ -134,7 +134,7 @@ def _read_identity(folder: Path) -> dict[str, dict[str, object]] | None:
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_text())
+        found = read_json(file)
         return {name: dict(found[name]) for name in ("model", "questions")}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged, so what was scored is unknown; name another folder") from None

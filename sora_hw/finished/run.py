@@ -1,6 +1,5 @@
 """A run as it lies on the disk: which recipe it followed, what it trained, how it went."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, Classification, LanguageModelling, Recipe
+from sora_hw.storage import read_json
 from sora_hw.training.checkpoints import STATE, newest
 from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL
 
@@ -61,11 +61,13 @@ class FinishedRun:
         if not file.exists():
             return []
         try:
-            history = list(json.loads(file.read_text())["log_history"])
-            if all(isinstance(entry["step"], int | float) for entry in history):
+            history = list(read_json(file)["log_history"])
+            for entry in history:
+                list(map(float, (value for value in entry.values() if isinstance(value, int))))  # no float holds all
+            if all(isinstance(entry["step"], int) for entry in history):
                 return history
             raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError):
             raise UserError(f"{file} is damaged") from None
 
 
@@ -78,7 +80,7 @@ def read_run(folder: Path, model: str | None = None) -> FinishedRun:
     if not file.exists():
         raise UserError(f"{folder}: no run there (it has no {MANIFEST})")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = read_json(file)
         values = dict(manifest["recipe"])
         for section in SECTIONS:
             dict(manifest.get(section) or {})
@@ -89,14 +91,25 @@ def read_run(folder: Path, model: str | None = None) -> FinishedRun:
     if known != set(values):
         differing = ", ".join(sorted(known ^ set(values)))
         raise UserError(f"{file}: its recipe is of another version of sora_hw (differing: {differing})")
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    if wrong := [field.name for field in fields(kind) if not _is_of(values[field.name], field.type)]:
+        raise UserError(f"{file} is damaged: the {wrong[0]} of its recipe is of another type than a recipe has")
     try:
-        recipe = kind(**{**values, **lists, "model": model or values["model"]})
+        recipe = kind(**{**values, "model": model or values["model"]})
     except UserError as error:  # it speaks of a flag
         raise UserError(f"{file}: its recipe does not exist here ({error})") from None
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{file} is damaged") from None
     return FinishedRun(folder, manifest, recipe)
+
+
+def _is_of(value: object, kind: object) -> bool:
+    """Whether a value may stand in a recipe's field of this type."""
+    if kind == tuple[str, ...]:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def read_runs(folders: Sequence[Path], model: str | None = None) -> list[FinishedRun]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sora_hw.errors import UserError
 from sora_hw.evaluation.tasks import TASKS
-from sora_hw.storage import write_whole
+from sora_hw.storage import read_json, write_whole
 
 FOLDER, FILE = "scores", "scores.json"
 LIKELIHOOD, GENERATION = "likelihood", "generation"  # protocols: the harness' log-likelihoods; LLM-Adapters' answers
@@ -41,12 +41,17 @@ def read_scores(folder: Path) -> list[Score]:
     if not file.exists():
         return []
     try:
-        scores = [Score(**score) for score in json.loads(file.read_text())["scores"]]
-        if all(score.task in TASKS and math.isfinite(score.value) and score.records > 0 for score in scores):
+        scores = [Score(**score) for score in read_json(file)["scores"]]
+        if all(map(_can_be, scores)):
             return scores
         raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError):
         raise UserError(f"{file} is damaged; score the run again") from None
+
+
+def _can_be(score: Score) -> bool:
+    known = score.protocol in (LIKELIHOOD, GENERATION) and score.metric in (ACCURACY, NORMALISED, STRICT)
+    return known and score.task in TASKS and math.isfinite(score.value) and score.records > 0
 
 
 def read_facts(folder: Path) -> dict[str, object]:
@@ -55,6 +60,6 @@ def read_facts(folder: Path) -> dict[str, object]:
     if not file.exists():
         return {}
     try:
-        return {name: value for name, value in json.loads(file.read_text()).items() if name != "scores"}
+        return {name: value for name, value in read_json(file).items() if name != "scores"}
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{file} is damaged; score the run again") from None

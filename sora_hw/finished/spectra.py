@@ -21,7 +21,7 @@ from sora_hw.errors import UserError
 from sora_hw.finished.layer_spectra import Watch, layer_spectra
 from sora_hw.finished.run import FinishedRun, read_runs
 from sora_hw.recipes.recipe import Recipe
-from sora_hw.storage import checksum, write_whole
+from sora_hw.storage import checksum, read_json, write_whole
 from sora_hw.training.run_folder import RUNS
 
 FILE = "spectrum.json"
@@ -60,7 +60,7 @@ def read_spectrum(run: FinishedRun) -> Spectrum | None:
     if not (file.exists() and run.trained_folder.is_dir()):
         return None
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         if content["version"] != VERSION or content["trained"] != checksum(run.trained, *IDENTITY):
             return None
         layers = [

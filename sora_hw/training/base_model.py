@@ -27,6 +27,7 @@ from sora_hw.data.embedded import MODEL_PATH
 from sora_hw.errors import UserError
 from sora_hw.hardware import Profile
 from sora_hw.recipes.recipe import EMBEDDED, FULL, Recipe
+from sora_hw.storage import check_regular
 from sora_hw.training.methods import is_expression
 from sora_hw.training.objectives import Objective
 
@@ -119,7 +120,7 @@ def check_model(base: BaseModel, recipe: Recipe) -> int | None:
     if recipe.method == FULL:
         return None
     for name in recipe.modules_to_save:
-        if not any(_names(name, each) for each, _ in model.named_modules()):
+        if not name or not any(_names(name, each) for each, _ in model.named_modules()):
             known = ", ".join(name for name, _ in model.named_children())
             raise UserError(
                 f"--modules-to-save {name}: {base.name} has no layer of this name; outermost it has {known}"
@@ -173,6 +174,7 @@ def _check_weights(base: BaseModel, shapes: Mapping[str, tuple[int, ...]]) -> No
     """The safetensors files of a local model: each is whole, and its tensors have the shapes of the configuration."""
     for file in sorted(Path(base.source).glob("*.safetensors")):
         try:
+            check_regular(file)
             with safe_open(file, framework="pt") as weights:
                 found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from itertools import accumulate
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,18 +39,20 @@ class Clock(TrainerCallback):
     """
 
     def __init__(self, tokens: Sequence[int], samples: int, global_batch: int):
-        self.tokens_until = [0, *accumulate(tokens)]
+        self.tokens, self.taken, self.taken_before = tokens, 0, 0  # of the run so far; until the last entry in the log
         self.passes_per_step = global_batch / samples
-        self.first = self.last = self.logged = 0
+        self.first = self.last = 0
         self.started = self.elapsed = 0.0
         self.stopped = self.since = 0.0  # when training last paused; when the interval since the last entry began
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.first = self.last = self.logged = state.global_step
+        self.first = self.last = state.global_step
+        self.taken = self.taken_before = 0
         self.started = self.stopped = self.since = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.stopped = time.monotonic()
+        self.taken += sum(self.tokens[step] for step in range(self.last, state.global_step))
         self.last, self.elapsed = state.global_step, self.stopped - self.started
         state.epoch = state.global_step * self.passes_per_step  # the Trainer takes the whole order for one epoch
 
@@ -69,18 +70,17 @@ class Clock(TrainerCallback):
     @property
     def tokens_per_second(self) -> float:
         """Over all ranks, since the start of training; validation and checkpoints count as time."""
-        tokens = self.tokens_until[self.last] - self.tokens_until[self.first]
-        return tokens / self.elapsed if self.elapsed else 0.0
+        return self.taken / self.elapsed if self.elapsed else 0.0
 
     def lap(self) -> float:
         """Tokens per second over all ranks since the last lap, pauses left out."""
-        tokens, seconds = self.tokens_until[self.last] - self.tokens_until[self.logged], self.stopped - self.since
-        self.logged, self.since = self.last, self.stopped
+        tokens, seconds = self.taken - self.taken_before, self.stopped - self.since
+        self.taken_before, self.since = self.taken, self.stopped
         return tokens / seconds if seconds else 0.0
 
     def seconds_left(self) -> float:
         """At the pace so far."""
-        done, steps = self.last - self.first, len(self.tokens_until) - 1
+        done, steps = self.last - self.first, len(self.tokens)
         return self.elapsed / done * (steps - self.last) if done else 0.0
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sora_hw.errors import UserError
-from sora_hw.storage import sync_folder, write_whole
+from sora_hw.storage import check_regular, read_json, sync_folder, write_whole
 
 SEAL, SCHEDULE, STATE = "checkpoint.json", "schedule.json", "trainer_state.json"
 VERSION = 1
@@ -131,6 +131,7 @@ def sync(folder: Path) -> list[Path]:
 
 
 def _sha256(file: Path) -> str:
+    check_regular(file)
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -144,7 +145,7 @@ def damage(checkpoint: Path) -> str | None:
     if not (checkpoint / SEAL).is_file():
         return f"{SEAL} is missing"
     try:
-        seal = json.loads((checkpoint / SEAL).read_text())
+        seal = read_json(checkpoint / SEAL)
         version, sums = seal["version"], dict(seal["sha256"])
         if version != VERSION:
             return f"it is of version {version}, this sora_hw reads version {VERSION}"
@@ -154,7 +155,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if _sha256(file) != sha256:
                 return f"{name} is damaged"
-        step = json.loads((checkpoint / STATE).read_text())["global_step"]
+        step = read_json(checkpoint / STATE)["global_step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{SEAL} is damaged"
     return None if checkpoint.name == f"checkpoint-{step}" else f"it is that of step {step}"

@@ -1,7 +1,6 @@
 """From the command line of a launcher to a plan, a run or a sweep."""
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from types import ModuleType
 
 from rich.console import Console
 
-from sora_hw.errors import UserError
+from sora_hw.errors import UserError, one_line
 from sora_hw.training.arguments import parse
 from sora_hw.training.dry_run import show_plan
 from sora_hw.training.environment import rank, rank_here
@@ -37,10 +36,10 @@ def exit_code(program: Callable[[], None], if_interrupted: str) -> int:
     silence()
     try:
         program()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if rank_here() > 0:  # every rank finds the same error; the launcher ends this one when the first has told it
             time.sleep(FIRST_RANK_SPEAKS)
-        print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         if rank_here() == 0:

@@ -93,9 +93,12 @@ def announce(job: Job, console: Console) -> None:
     if recipe.asks_embedded_questions:
         console.print("data: the embedded questions; --train-data FILE... takes others")
     data = job.data.as_dict()
+    cut = f"{data['truncated']} cut at {recipe.max_length} tokens, {data['left_out']} left out"
+    if data["truncated"] is None:
+        cut = f"tokenised as they are taken, cut at {recipe.max_length} tokens"
     console.print(
-        f"{data['training_samples']} training samples ({data['truncated']} cut at {recipe.max_length} tokens, "
-        f"{data['left_out']} left out), {data['validation_samples']} held out for validation, {data['steps']} steps"
+        f"{data['training_samples']} training samples ({cut}), {data['validation_samples']} held out for validation, "
+        f"{data['steps']} steps"
     )
     console.print(what_runs(job.plan))
     for line in job.folder.passed_over:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, RUN, Recipe
-from sora_hw.storage import write_whole
+from sora_hw.storage import read_json, write_whole
 from sora_hw.training.arguments import NEWEST, Request
 from sora_hw.training.checkpoints import STATE, checkpoints, clear, damage, delete, newest
 from sora_hw.training.plan import Plan
@@ -143,7 +143,7 @@ def check_writable(path: Path) -> None:
 def _check_same(folder: Path, wanted: Mapping[str, object], flag: str) -> None:
     """Raises UserError, beginning with the `flag` that asked to go on, unless the run in `folder` is the one wanted."""
     try:
-        found = json.loads((folder / MANIFEST).read_text())["fingerprint"]
+        found = read_json(folder / MANIFEST)["fingerprint"]
         differing = [name for name in wanted if found[name] != wanted[name]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{flag}: {folder / MANIFEST} is missing or damaged, so its recipe is unknown") from None

@@ -1,24 +1,24 @@
 """What was trained, on disk: an adapter as PEFT loads it, or the whole model as transformers does."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sora_hw import ConditionedConfig
 from sora_hw.errors import UserError
 from sora_hw.hardware import Profile
-from sora_hw.storage import sync_folder
+from sora_hw.storage import check_regular, sync_folder
 from sora_hw.training.base_model import BaseModel, load_model
 from sora_hw.training.checkpoints import sync, together
 from sora_hw.training.engine_state import full_precision, trained
 from sora_hw.training.methods import MODULES_TO_SAVE
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_trained(model: nn.Module, folder: Path, zero_stage: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,10 +62,23 @@ def load_trained(base: BaseModel, plain: PreTrainedModel, folder: Path, profile:
 
 
 def load_adapter(plain: PreTrainedModel, folder: Path) -> PeftModel:
-    """The adapter in `folder` around `plain`. Raises UserError where it is damaged, or belongs to another model."""
+    """The adapter in `folder` around `plain`: from safetensors alone, for a pickle may hold a program.
+
+    Raises UserError where it is not there or damaged, or belongs to another model.
+    """
+    for name in (ADAPTER_CONFIG, WEIGHTS):
+        try:
+            check_regular(folder / name)
+        except OSError as error:
+            raise UserError(
+                f"{folder / name}: {error.strerror}; an adapter is loaded from {ADAPTER_CONFIG} and {WEIGHTS}, never "
+                "from a pickle (.bin)"
+            ) from None
     try:
-        return PeftModel.from_pretrained(plain, str(folder))
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(plain, str(folder))
+    except Exception as error:  # each method of PEFT's fails in its own ways at what a file may hold
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: the adapter cannot be loaded onto this model ({reason})") from None
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from sora_hw.devices.cpu import CPU
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import RUN, Grid, Recipe
+from sora_hw.storage import read_json
 from sora_hw.training.arguments import NEWEST, Request, paper_recipe
 from sora_hw.training.plan import make_plan
 from sora_hw.training.run import Diverged, announce, check, train
@@ -148,7 +149,7 @@ def _outcome(path: Path) -> Outcome:
 
 
 def _manifest(path: Path) -> dict[str, object]:
-    return json.loads((path / MANIFEST).read_text())
+    return read_json(path / MANIFEST)
 
 
 def _forget() -> None:
