@@ -2,6 +2,7 @@
 
 import torch.distributed as dist
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sora_hw.devices.cpu import CPU
 from sora_hw.errors import UserError
@@ -88,7 +89,9 @@ def check_engine(engine, plan: Plan) -> None:
 
 def release(engine) -> None:
     """Give the memory of a finished run back: hooks of DeepSpeed's, which the garbage collector cannot see through,
-    would keep its weights beside the next run's."""
+    would keep its weights beside the next run's. And tell transformers that models are no longer loaded in shards, as
+    after a run under ZeRO-3 even those would be of which only the shapes are looked at."""
+    unset_hf_deepspeed_config()
     engine.destroy()
     for parameter in engine.module.parameters():
         for tensor in (parameter, getattr(parameter, "ds_tensor", None)):

@@ -308,7 +308,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(good, interrupted, capfd,
     request = parse(commonsense, [*good, "--resume"])
     job = check(request, make_plan(request, commonsense))
     assert job.folder.checkpoint.name == "checkpoint-4"
-    assert job.folder.passed_over == [f"{interrupted / 'checkpoint-8'} is left out: {DAMAGE[file]}"]
+    assert job.folder.passed_over == [f"out/checkpoint-8 is left out: {DAMAGE[file]}"]
 
 
 def test_a_run_that_cannot_be_resumed_safely(folder, good, interrupted, capfd):
