@@ -27,7 +27,7 @@ class FinishedRun:
 
     @property
     def status(self) -> str:
-        """ "started", "finished" or "diverged"."""
+        """ "started", "interrupted", "finished" or "diverged"."""
         return str(self.manifest.get("status"))
 
     @property
@@ -57,7 +57,7 @@ class FinishedRun:
         where the file is damaged.
         """
         checkpoint, _ = newest(self.path)
-        file = checkpoint / STATE if checkpoint and self.status == "started" else self.path / STATE
+        file = checkpoint / STATE if checkpoint and self.status in ("started", "interrupted") else self.path / STATE
         if not file.exists():
             return []
         try:

@@ -17,6 +17,7 @@ from sora_hw.training.machines import needed_elsewhere, read_hostfile, write_dee
 from sora_hw.training.plan import make_plan
 from sora_hw.training.ranks import leave, silence
 from sora_hw.training.run import announce, check, train
+from sora_hw.training.signals import Interrupted
 from sora_hw.training.sweep import sweep
 from sora_hw.versions import check_versions
 
@@ -26,7 +27,8 @@ FIRST_RANK_SPEAKS = 20  # seconds
 
 
 def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
-    """Run the launcher of the recipes in `module`; its exit code: 0, 2 for an error of the user's, 130 for Ctrl-C."""
+    """Run the launcher of the recipes in `module`; its exit code: 0, 2 for an error of the user's, 128 and the
+    number of the signal that has ended it."""
     told = "interrupted; --resume goes on from the last checkpoint, a --sweep by itself"
     return exit_code(lambda: launch(module, argv), told)
 
@@ -41,10 +43,10 @@ def exit_code(program: Callable[[], None], if_interrupted: str) -> int:
             time.sleep(FIRST_RANK_SPEAKS)
         print("error:", one_line(error), file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as error:
         if rank_here() == 0:
             print(if_interrupted, file=sys.stderr)
-        return INTERRUPTED
+        return error.code if isinstance(error, Interrupted) else INTERRUPTED
     return 0
 
 

@@ -32,6 +32,7 @@ from sora_hw.training.ranks import start
 from sora_hw.training.report import draw_losses, facts, now, print_results, what_runs
 from sora_hw.training.run_folder import CURVE, EVENTS, RunFolder, fingerprint, open_folder
 from sora_hw.training.saving import save_trained, trainable_rate
+from sora_hw.training.signals import Interrupted, StopOnSignal
 from sora_hw.training.trainer import build_trainer, training_arguments
 
 OTHER_COLUMNS = (
@@ -112,7 +113,8 @@ def announce(job: Job, console: Console) -> None:
 def train(job: Job, console: Console) -> None:
     """Train on all ranks, and leave adapter or model, curve and run.json in the job's folder.
 
-    Raises Diverged, on every rank, when the loss is not finite any more; run.json then says so.
+    Raises Diverged, on every rank, when the loss is not finite any more, and Interrupted when a signal has ended it;
+    run.json then says so.
     """
     settings = start(job.plan)
     known = facts(job.plan.device)
@@ -122,7 +124,8 @@ def train(job: Job, console: Console) -> None:
     main_rank = dist.get_rank() == 0
     global_batch = job.plan.recipe.global_batch
     clock = Clock(job.data.tokens_of_steps(global_batch), len(job.data.training), global_batch)
-    trainer = make_trainer(job, clock, console)
+    stop = StopOnSignal()
+    trainer = make_trainer(job, clock, stop, console)
     manifest = {**known, **job.as_dict(), "argv": list(job.request.argv), "machines": machines}
     manifest |= {"environment": settings.environment, "device_settings": settings.device}
     manifest |= {"fingerprint": job.fingerprint, "resumed_from": str(job.folder.checkpoint or "") or None}
@@ -131,7 +134,13 @@ def train(job: Job, console: Console) -> None:
         job.folder.write_manifest({**manifest, "status": "started"})
     dist.barrier()
 
-    trainer.train(resume_from_checkpoint=str(job.folder.checkpoint) if job.folder.checkpoint else None)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(job.folder.checkpoint) if job.folder.checkpoint else None)
+    if stop.stopped_by:
+        if main_rank:
+            job.folder.write_manifest({**manifest, "status": "interrupted", "finished": now()})
+        dist.barrier()  # before one ends, upon which a launcher ends the others
+        raise Interrupted(stop.stopped_by)
     if not math.isfinite(final_loss(trainer)):
         trainer.save_state()
         if main_rank:
@@ -148,14 +157,14 @@ def train(job: Job, console: Console) -> None:
     dist.barrier()
 
 
-def make_trainer(job: Job, clock: Clock, console: Console) -> Trainer:
+def make_trainer(job: Job, clock: Clock, stop: StopOnSignal, console: Console) -> Trainer:
     """The model with its adapter in a Trainer; the order matters, see `training_arguments`."""
     arguments = training_arguments(job.plan, job.data.steps, job.folder.path, job.deepspeed)
     set_seed(job.plan.recipe.seed)  # a head that the base model lacks is drawn while it is loaded
     base = load_model(job.base, job.plan.profile)
     check_loaded(base, job.plan)
     model = add_method(base, job.plan.recipe, job.objective.task_type)
-    callbacks = [clock, LastLoss()] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
+    callbacks = [clock, LastLoss(), stop] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
     if job.request.report_to == TENSORBOARD:
         board = TensorBoardCallback()
         board.logging_dir = str(job.folder.path / EVENTS)  # in the place of a folder named after date and machine
