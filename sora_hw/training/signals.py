@@ -6,6 +6,7 @@ So a signal only sets a flag; after each step the ranks agree on it, and all of 
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm may send before the time is up
+ONE_REQUEST = 3.0  # seconds within which several signals are one
 
 
 class Interrupted(Exception):
@@ -28,12 +30,13 @@ class Interrupted(Exception):
 class StopOnSignal(TrainerCallback):
     """Ends training after the step in which a signal has reached any rank, with a checkpoint.
 
-    `stopped_by` is the signal's number then. The same signal a second time ends this process at once. Another one does
-    not: after a Ctrl-C, DeepSpeed's launcher passes SIGTERM to ranks that the terminal has given SIGINT.
+    `stopped_by` is the signal's number then. A second signal ends this process at once, unless it comes in a moment: a
+    terminal or a scheduler reaches every process, and DeepSpeed's launcher then passes on to its ranks what it got.
     """
 
     def __init__(self):
-        self.received: set[int] = set()
+        self.received: int | None = None
+        self.since = 0.0
         self.stopped_by: int | None = None
 
     @contextmanager
@@ -47,14 +50,15 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number in self.received:
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > ONE_REQUEST:
             os._exit(128 + number)
-        self.received.add(number)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        first = torch.tensor(min(self.received, default=0), device=args.device)
-        dist.all_reduce(first, op=dist.ReduceOp.MAX)
-        if first.item() and state.global_step < state.max_steps:
-            self.stopped_by = int(first.item())
+        received = torch.tensor(self.received or 0, device=args.device)
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        if received.item() and state.global_step < state.max_steps:
+            self.stopped_by = int(received.item())
             # What is due after this step, a validation too, still happens: nobody does it later.
             control.should_log = control.should_save = control.should_training_stop = True

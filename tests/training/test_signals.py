@@ -89,14 +89,16 @@ def test_two_ranks_agree(tmp_path, arguments, finish, reached):
     check_left(folder, run)
 
 
-def test_the_same_signal_again_ends_at_once(monkeypatch):
-    ended = []
+def test_a_second_signal_ends_at_once_unless_it_is_the_same_request(monkeypatch):
+    ended, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     stop = StopOnSignal()
     with stop.listening():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)  # from a launcher, for the same Ctrl-C
-        assert ended == []
+        assert ended == [] and stop.received == signal.SIGINT
+        now[0] += 5
         signal.raise_signal(signal.SIGTERM)
         assert ended == [143]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -106,6 +108,6 @@ def test_a_signal_in_the_last_step_changes_nothing(monkeypatch):
     monkeypatch.setattr(signals.dist, "all_reduce", lambda tensor, op: None)
     for step, stops in ((9, True), (10, False)):
         stop, control = StopOnSignal(), SimpleNamespace(should_save=False, should_training_stop=False)
-        stop.received.add(15)
+        stop.received = 15
         stop.on_step_end(SimpleNamespace(device="cpu"), SimpleNamespace(global_step=step, max_steps=10), control)
         assert control.should_save == control.should_training_stop == stops and bool(stop.stopped_by) == stops
