@@ -28,7 +28,7 @@ from sora_hw.training.methods import add_method
 from sora_hw.training.objectives import Objective, objective_of
 from sora_hw.training.plan import Plan
 from sora_hw.training.prepare import Prepared, prepare
-from sora_hw.training.ranks import start
+from sora_hw.training.ranks import leave, start
 from sora_hw.training.report import draw_losses, facts, now, print_results, what_runs
 from sora_hw.training.run_folder import CURVE, EVENTS, RunFolder, fingerprint, open_folder
 from sora_hw.training.saving import save_trained, trainable_rate
@@ -139,7 +139,8 @@ def train(job: Job, console: Console) -> None:
     if stop.stopped_by:
         if main_rank:
             job.folder.write_manifest({**manifest, "status": "interrupted", "finished": now()})
-        dist.barrier()  # before one ends, upon which a launcher ends the others
+        release(trainer.model_wrapped)
+        leave()  # together: when one rank ends, a launcher ends the others
         raise Interrupted(stop.stopped_by)
     if not math.isfinite(final_loss(trainer)):
         trainer.save_state()

@@ -73,7 +73,7 @@ def test_a_plain_run(tmp_path, arguments, finish, number):
     check_left(folder, run)
 
 
-@pytest.mark.parametrize("reached", ["one rank", "all processes"])
+@pytest.mark.parametrize("reached", ["one rank", pytest.param("all processes", marks=pytest.mark.full)])
 def test_two_ranks_agree(tmp_path, arguments, finish, reached):
     folder = tmp_path / "run"
     run = begin(folder, 2, *arguments)
