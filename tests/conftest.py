@@ -1,6 +1,7 @@
 """What every test room shares: the markers, the reasons for skipping, and the folder with the shared data."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,11 +30,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
-    """What a program sets in this process (the command line chooses DeepSpeed's accelerator) no later test sees."""
+    """No later test sees what a program sets in this process (the command line chooses DeepSpeed's accelerator), nor the
+    group of ranks that one leaves which has ended in an error."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,13 @@
 import csv
 import io
 import json
+import os
 import re
 
 import pytest
 from rich.console import Console
 
-from sora_hw.finished import tables
+from sora_hw.errors import UserError
 from sora_hw.finished.tables import Cell, Row, Table, as_csv, as_json, markdown, print_tables, write_tables
 
 TABLE = Table(
@@ -117,9 +118,9 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
         assert (tmp_path / file).read_text() == form([TABLE])
 
     def full_disk(*names):
-        raise OSError("no space")
+        raise OSError(28, "no space")
 
-    monkeypatch.setattr(tables.os, "replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(UserError, match=r"table\.md cannot be written \(no space\)"):
         write_tables([TABLE, OTHER], tmp_path)
     assert (tmp_path / "table.md").read_text() == markdown([TABLE])
