@@ -30,8 +30,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
-    """No later test sees what a program sets in this process (the command line chooses DeepSpeed's accelerator), nor the
-    group of ranks that one leaves which has ended in an error."""
+    """No later test sees what a program sets in this process (the command line chooses DeepSpeed's accelerator), nor
+    the group of ranks that one leaves which has ended in an error."""
     before = dict(os.environ)
     yield
     os.environ.clear()
