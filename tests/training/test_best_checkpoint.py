@@ -39,8 +39,8 @@ def test_the_best_adapter_is_kept(tmp_path, tiny_model, train):
     assert run.manifest["results"]["validation_loss"] == validation[best]
     assert run.manifest["results"]["final_loss"] == run.losses[0] and len(run.losses) == 1, "logged at the last step"
     kept = load_file(run.folder / "adapter" / "adapter_model.safetensors")
-    wanted = load_file(run.folder / f"checkpoint-{best}" / "adapter_model.safetensors")
-    last = load_file(run.folder / "checkpoint-4" / "adapter_model.safetensors")
+    wanted = load_file(run.folder / f"checkpoint-{best}" / "adapter" / "adapter_model.safetensors")
+    last = load_file(run.folder / "checkpoint-4" / "adapter" / "adapter_model.safetensors")
     assert kept.keys() == wanted.keys()
     assert all(torch.equal(kept[name], wanted[name]) for name in kept)
     assert not all(torch.equal(kept[name], last[name]) for name in kept)
