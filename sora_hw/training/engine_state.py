@@ -37,6 +37,7 @@ def read_engine(engine) -> Iterator[tuple[str, Tensor]]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     stage = engine.zero_optimization_stage()
+    _link(engine)
     for name, parameter in trained(engine.module):
         yield name, full_precision(parameter, stage)
         for moment in MOMENTS:
@@ -87,8 +88,15 @@ def _begin(engine, steps: int) -> None:
     for weights in _partitions(engine):
         count = torch.tensor(float(steps)) if isinstance(inner, torch.optim.AdamW) else steps
         inner.state[weights] = {"step": count} | {moment: torch.zeros_like(weights) for moment in MOMENTS}
+    _link(engine)
+
+
+def _link(engine) -> None:
+    """Where parameters find their parts of the moments under ZeRO-1 and 2. DeepSpeed does it once, after the first step
+    of its first group of parameters, when the groups after it (those without weight decay) have no moments yet."""
     if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # where parameters find their parts of the moments
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _adam(engine) -> torch.optim.Optimizer:

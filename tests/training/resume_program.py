@@ -1,6 +1,6 @@
 """Trains once, and again from every checkpoint of that: how many end with the same adapter.
 
-resume_program.py FOLDER STEPS ARGUMENT...
+resume_program.py RECIPE FOLDER STEPS ARGUMENT...
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sora_hw.recipes import commonsense
+from sora_hw.recipes import commonsense, glue
 from sora_hw.training import checkpoints
 from sora_hw.training.arguments import parse
 from sora_hw.training.plan import make_plan
@@ -16,14 +16,15 @@ from sora_hw.training.ranks import leave, silence
 from sora_hw.training.run import check, train
 
 checkpoints.KEPT = 1000
-room, steps, given = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+recipe = {"commonsense": commonsense, "glue": glue}[sys.argv[1]]
+room, steps, given = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 
 
 def adapter(folder: Path, *more: object) -> bytes:
     """What a run into `folder` leaves."""
     flags = ["--backend", "cpu", *given, "--max-steps", steps, "--save-steps", 1, *more]
-    request = parse(commonsense, [*map(str, flags), "--output", str(folder)])
-    train(check(request, make_plan(request, commonsense)), Console(quiet=True))
+    request = parse(recipe, [*map(str, flags), "--output", str(folder)])
+    train(check(request, make_plan(request, recipe)), Console(quiet=True))
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
