@@ -5,7 +5,9 @@ import re
 
 
 class UserError(Exception):
-    """Something the user can put right. Programs print its one line and exit with code 2, without a traceback."""
+    """Something the user can put right. Programs print its one line and exit with `code`, without a traceback."""
+
+    code = 2
 
 
 class DataError(UserError):

@@ -28,6 +28,7 @@ class Profile:
         fused_loss: whether Liger computes the loss of a vocabulary in pieces, never holding all logits.
         offload: whether optimiser states, and under ZeRO-3 the base model as well, lie in the host's memory.
         four_bit: whether the frozen base is held in 4 bits (bitsandbytes' NF4).
+        peer_timeout: seconds after which a rank that gives no sign of life, or stays behind the others, is lost.
         environment: variables that the machine needs, beyond those of its device type.
     """
 
@@ -42,6 +43,7 @@ class Profile:
     fused_loss: bool = False
     offload: bool = False
     four_bit: bool = False
+    peer_timeout: float = 300.0
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -60,6 +62,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 zero_stage=2,
                 dtype="float32",
                 gradient_checkpointing=False,
+                peer_timeout=120.0,
             ),
             Profile(
                 name="4x4090",

@@ -42,6 +42,10 @@ class _Tokenised(Dataset):
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def id_of(self, index: int) -> str:
+        """The record that sample `index` comes from."""
+        return self.ids[index]
+
     @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
@@ -103,6 +107,10 @@ class LazySamples(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def id_of(self, index: int) -> str:
+        """The record that sample `index` comes from, unless a later one has taken its place."""
+        return self.records[index].id
 
     def __getitem__(self, index: int) -> dict[str, object]:
         while True:

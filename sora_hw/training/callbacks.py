@@ -1,5 +1,6 @@
 """What happens beside the training steps: the check of DeepSpeed at the start, and progress for the eyes."""
 
+import atexit
 import time
 from collections.abc import Sequence
 
@@ -104,6 +105,7 @@ class ProgressBar(TrainerCallback):
             )
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
+            atexit.register(self.bar.stop)  # an error would leave the terminal without its cursor
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, loss="-", speed="-")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):

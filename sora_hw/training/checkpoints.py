@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sora_hw.errors import UserError
 from sora_hw.storage import check_regular, read_json, sync_folder, write_whole
+from sora_hw.training.divergence import check_finite
 
 SEAL, SCHEDULE, STATE = "checkpoint.json", "schedule.json", "trainer_state.json"
 VERSION = 1
@@ -93,6 +94,7 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
     part: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
+        check_finite(name, tensor)
         if dist.get_rank() == 0:
             part[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += tensor.numel() * tensor.element_size()

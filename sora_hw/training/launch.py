@@ -14,6 +14,7 @@ from sora_hw.training.arguments import parse
 from sora_hw.training.dry_run import show_plan
 from sora_hw.training.environment import rank, rank_here
 from sora_hw.training.machines import needed_elsewhere, read_hostfile, write_deepspeed_env
+from sora_hw.training.peers import LostPeer
 from sora_hw.training.plan import make_plan
 from sora_hw.training.ranks import leave, silence
 from sora_hw.training.run import announce, check, train
@@ -21,14 +22,14 @@ from sora_hw.training.signals import Interrupted
 from sora_hw.training.sweep import sweep
 from sora_hw.versions import check_versions
 
-USER_ERROR = 2
+USER_ERROR = UserError.code
 INTERRUPTED = 130  # as a shell has it for a program that SIGINT has ended
 FIRST_RANK_SPEAKS = 20  # seconds
 
 
 def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
-    """Run the launcher of the recipes in `module`; its exit code: 0, 2 for an error of the user's, 128 and the
-    number of the signal that has ended it."""
+    """Run the launcher of the recipes in `module`; its exit code: 0, 2 for an error of the user's, 75 where another
+    rank is gone, 128 and the number of the signal that has ended it."""
     told = "interrupted; --resume goes on from the last checkpoint, a --sweep by itself"
     return exit_code(lambda: launch(module, argv), told)
 
@@ -39,10 +40,10 @@ def exit_code(program: Callable[[], None], if_interrupted: str) -> int:
     try:
         program()
     except (UserError, OSError) as error:
-        if rank_here() > 0:  # every rank finds the same error; the launcher ends this one when the first has told it
-            time.sleep(FIRST_RANK_SPEAKS)
+        if rank_here() > 0 and not isinstance(error, LostPeer):
+            time.sleep(FIRST_RANK_SPEAKS)  # every rank finds the same error; the launcher ends this one when it is told
         print("error:", one_line(error), file=sys.stderr)
-        return USER_ERROR
+        return getattr(error, "code", USER_ERROR)
     except (KeyboardInterrupt, Interrupted) as error:
         if rank_here() == 0:
             print(if_interrupted, file=sys.stderr)

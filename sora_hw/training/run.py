@@ -23,9 +23,11 @@ from sora_hw.training.base_model import (
 from sora_hw.training.callbacks import Clock, EngineCheck, LastLoss, ProgressBar
 from sora_hw.training.deepspeed_config import check_loaded, deepspeed_config, release
 from sora_hw.training.demo import score_demo
+from sora_hw.training.divergence import Diverged
 from sora_hw.training.machines import agree, common_facts, where
 from sora_hw.training.methods import add_method
 from sora_hw.training.objectives import Objective, objective_of
+from sora_hw.training.peers import Peers
 from sora_hw.training.plan import Plan
 from sora_hw.training.prepare import Prepared, prepare
 from sora_hw.training.ranks import leave, start
@@ -43,10 +45,6 @@ OTHER_COLUMNS = (
     "loss",
     "step",
 )  # of the Trainer's metrics
-
-
-class Diverged(UserError):
-    """The loss is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ def announce(job: Job, console: Console) -> None:
 def train(job: Job, console: Console) -> None:
     """Train on all ranks, and leave adapter or model, curve and run.json in the job's folder.
 
-    Raises Diverged, on every rank, when the loss is not finite any more, and Interrupted when a signal has ended it;
-    run.json then says so.
+    Raises, on every rank, Diverged when a loss is not finite, and Interrupted when a signal has ended it: run.json then
+    says so. Raises LostPeer where another rank is gone.
     """
     settings = start(job.plan)
     known = facts(job.plan.device)
@@ -124,8 +122,8 @@ def train(job: Job, console: Console) -> None:
     main_rank = dist.get_rank() == 0
     global_batch = job.plan.recipe.global_batch
     clock = Clock(job.data.tokens_of_steps(global_batch), len(job.data.training), global_batch)
-    stop = StopOnSignal()
-    trainer = make_trainer(job, clock, stop, console)
+    stop, peers = StopOnSignal(), Peers(job.plan.profile.peer_timeout)
+    trainer = make_trainer(job, clock, stop, peers, console)
     manifest = {**known, **job.as_dict(), "argv": list(job.request.argv), "machines": machines}
     manifest |= {"environment": settings.environment, "device_settings": settings.device}
     manifest |= {"fingerprint": job.fingerprint, "resumed_from": str(job.folder.checkpoint or "") or None}
@@ -134,23 +132,22 @@ def train(job: Job, console: Console) -> None:
         job.folder.write_manifest({**manifest, "status": "started"})
     dist.barrier()
 
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(job.folder.checkpoint) if job.folder.checkpoint else None)
+    try:
+        with stop.listening(), peers:
+            trainer.train(resume_from_checkpoint=str(job.folder.checkpoint) if job.folder.checkpoint else None)
+        results = None if stop.stopped_by else finish(job, trainer, clock)
+    except Diverged:
+        trainer.save_state()
+        if main_rank:
+            job.folder.write_manifest({**manifest, "status": "diverged", "finished": now()})
+        release(trainer.model_wrapped)
+        raise
     if stop.stopped_by:
         if main_rank:
             job.folder.write_manifest({**manifest, "status": "interrupted", "finished": now()})
         release(trainer.model_wrapped)
         leave()  # together: when one rank ends, a launcher ends the others
         raise Interrupted(stop.stopped_by)
-    if not math.isfinite(final_loss(trainer)):
-        trainer.save_state()
-        if main_rank:
-            job.folder.write_manifest({**manifest, "status": "diverged", "finished": now()})
-        raise Diverged(
-            f"the loss of step {trainer.state.global_step} is {final_loss(trainer)}: the run has diverged, and no "
-            "adapter was saved; try a smaller --learning-rate, or more --warmup-steps"
-        )
-    results = finish(job, trainer, clock)
     if main_rank:
         job.folder.write_manifest({**manifest, "status": "finished", "finished": now(), "results": results})
         print_results(results, job.plan.device, console)
@@ -158,14 +155,14 @@ def train(job: Job, console: Console) -> None:
     dist.barrier()
 
 
-def make_trainer(job: Job, clock: Clock, stop: StopOnSignal, console: Console) -> Trainer:
+def make_trainer(job: Job, clock: Clock, stop: StopOnSignal, peers: Peers, console: Console) -> Trainer:
     """The model with its adapter in a Trainer; the order matters, see `training_arguments`."""
     arguments = training_arguments(job.plan, job.data.steps, job.folder.path, job.deepspeed)
     set_seed(job.plan.recipe.seed)  # a head that the base model lacks is drawn while it is loaded
     base = load_model(job.base, job.plan.profile)
     check_loaded(base, job.plan)
     model = add_method(base, job.plan.recipe, job.objective.task_type)
-    callbacks = [clock, LastLoss(), stop] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
+    callbacks = [clock, LastLoss()] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
     if job.request.report_to == TENSORBOARD:
         board = TensorBoardCallback()
         board.logging_dir = str(job.folder.path / EVENTS)  # in the place of a folder named after date and machine
@@ -174,7 +171,7 @@ def make_trainer(job: Job, clock: Clock, stop: StopOnSignal, console: Console) -
     def measure() -> dict[str, float]:
         return {"tokens_per_second": clock.lap(), "peak_memory_gib": job.plan.device.peak_memory_bytes() / 2**30}
 
-    trainer = build_trainer(model, arguments, job.tokenizer, job.objective, job.data, callbacks, measure)
+    trainer = build_trainer(model, arguments, job.tokenizer, job.objective, job.data, callbacks, measure, stop, peers)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(EngineCheck(trainer, job.plan))
     return trainer

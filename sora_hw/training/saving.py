@@ -15,6 +15,7 @@ from sora_hw.hardware import Profile
 from sora_hw.storage import check_regular, sync_folder
 from sora_hw.training.base_model import BaseModel, load_model
 from sora_hw.training.checkpoints import sync, together
+from sora_hw.training.divergence import check_finite
 from sora_hw.training.engine_state import full_precision, trained
 from sora_hw.training.methods import MODULES_TO_SAVE
 
@@ -33,6 +34,7 @@ def save_trained(model: nn.Module, folder: Path, zero_stage: int, tokenizer: Pre
     weights = {}
     for name, parameter in trained(model):
         whole = full_precision(parameter, zero_stage)
+        check_finite(name, whole)
         weights[name] = whole.cpu() if writes else None
     with together(folder):
         if writes:

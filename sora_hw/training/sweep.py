@@ -20,8 +20,9 @@ from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import RUN, Grid, Recipe
 from sora_hw.storage import read_json
 from sora_hw.training.arguments import NEWEST, Request, paper_recipe
+from sora_hw.training.divergence import Diverged
 from sora_hw.training.plan import make_plan
-from sora_hw.training.run import Diverged, announce, check, train
+from sora_hw.training.run import announce, check, train
 from sora_hw.training.run_folder import MANIFEST, RUNS
 from sora_hw.training.sweep_report import Outcome, best_learning_rate, report
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
@@ -14,13 +15,16 @@ from sora_hw.devices.cpu import CPU
 from sora_hw.recipes.recipe import Recipe
 from sora_hw.storage import write_whole
 from sora_hw.training.checkpoints import SCHEDULE, STATE, prune, reading_state, together, write_state, writing
+from sora_hw.training.divergence import Diverged, explain
 from sora_hw.training.engine_state import read_engine, steps_taken, write_moments, write_weights
 from sora_hw.training.methods import optimiser
 from sora_hw.training.objectives import Objective
+from sora_hw.training.peers import Peers
 from sora_hw.training.plan import Plan
 from sora_hw.training.prepare import Prepared
 from sora_hw.training.run_folder import ADAPTER
 from sora_hw.training.saving import save_trained
+from sora_hw.training.signals import StopOnSignal
 
 LIGER_KERNELS = {  # the loss alone: the rest of the model stays what it is on every device
     "fused_linear_cross_entropy": True,
@@ -77,11 +81,50 @@ def training_arguments(plan: Plan, steps: int, folder: Path, deepspeed: dict[str
 
 class MethodTrainer(Trainer):
     """A Trainer with the optimiser of the recipe's method, and with what `measure` gives beside each logged loss. An
-    optimiser that is merely passed to it the Trainer forgets, without a word, when DeepSpeed starts."""
+    optimiser that is merely passed to it the Trainer forgets, without a word, when DeepSpeed starts.
 
-    def __init__(self, recipe: Recipe, measure: Callable[[], Mapping[str, float]], **options):
+    In each micro-step, before anything is learned from it, it tells `peers` how far this rank has come, and the ranks
+    agree on whether one of them was asked to stop (see `StopOnSignal`) or has a loss that is not finite, which raises
+    Diverged on all of them. `ids` gives the id of a sample's record by its place in the order of training.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        measure: Callable[[], Mapping[str, float]],
+        stop: StopOnSignal,
+        peers: Peers,
+        ids: Callable[[int], str],
+        **options,
+    ):
         super().__init__(**options)
-        self.recipe, self.measure = recipe, measure
+        self.recipe, self.measure, self.stop, self.peers, self.ids = recipe, measure, stop, peers, ids
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        if return_outputs:  # of a validation
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.peers.step()
+        found = torch.tensor([0, self.stop.received or 0], device=loss.device)
+        found[0] = ~torch.isfinite(loss.detach())
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        diverged, self.stop.agreed = found.tolist()
+        if diverged:
+            raise Diverged(explain(model, inputs, self._records(inputs), loss.detach(), self.state.global_step + 1))
+        return loss
+
+    def _records(self, inputs: dict[str, Tensor]) -> list[str]:
+        """The ids of the records that this micro-batch of this rank holds: ranks take the micro-batches in turn."""
+        size, micro_steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        taken = self.state.global_step * micro_steps + self.model_wrapped.micro_steps % micro_steps
+        first = (taken * self.args.world_size + self.args.process_index) * size
+        return [self.ids(place) for place in range(first, first + size)]
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Takes the place of the Trainer's, which writes where a checkpoint is looked for, and DeepSpeed's pickles."""
@@ -137,12 +180,17 @@ def build_trainer(
     data: Prepared,
     callbacks: list[TrainerCallback],
     measure: Callable[[], Mapping[str, float]],
+    stop: StopOnSignal,
+    peers: Peers,
 ) -> Trainer:
     """A Trainer that takes the training samples in their order, one after the other, over all ranks together, and logs
-    what `measure` gives with each loss."""
+    what `measure` gives with each loss. See `MethodTrainer`."""
     return MethodTrainer(
         objective.recipe,
         measure,
+        stop,
+        peers,
+        lambda place: data.training.id_of(data.order[place]),
         model=model,
         args=arguments,
         train_dataset=Subset(data.training, data.order),
@@ -151,5 +199,5 @@ def build_trainer(
         compute_loss_func=objective.loss,
         compute_metrics=objective.metrics,
         preprocess_logits_for_metrics=objective.reduce,
-        callbacks=callbacks,
+        callbacks=[*callbacks, stop],
     )

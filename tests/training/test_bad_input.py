@@ -352,10 +352,12 @@ def test_a_run_that_diverges_says_so_and_leaves_no_adapter(folder, launch, good)
     options = ["--max-steps", "3", "--global-batch", "4", "--warmup-steps", "0", "--learning-rate", "1e30"]
     done = launch(0, *good, *options, cwd=folder)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the loss of step 3 is nan: the run has diverged, and no adapter was saved")
+    assert done.stderr.startswith(
+        "error: the loss of step 2 is nan on rank 0, first in model.layers.0.self_attn.q_proj, with "
+    )
     assert json.loads((folder / "out" / "run.json").read_text())["status"] == "diverged"
     history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3], "how it went is kept"
+    assert [entry["step"] for entry in history if "loss" in entry] == [1], "how it went is kept"
     assert not (folder / "out" / "adapter").exists()
 
 

@@ -11,6 +11,7 @@ from sealed import write_checkpoint
 from sora_hw.errors import UserError
 from sora_hw.training import checkpoints
 from sora_hw.training.checkpoints import clear, damage, delete, newest, prune, reading_state, write_state, writing
+from sora_hw.training.divergence import Diverged
 
 
 @pytest.fixture
@@ -149,3 +150,11 @@ def test_a_payload_in_a_checkpoint_does_not_run(tmp_path):
     with pytest.raises(Exception, match="header"), reading_state(checkpoint):
         pass
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_not_finite_leave_the_checkpoint_before(tmp_path, alone):
+    write_checkpoint(tmp_path / "checkpoint-2")
+    with pytest.raises(Diverged, match="weight is no longer finite"), writing(tmp_path / "checkpoint-4") as aside:
+        write_state(aside, {"weight": torch.tensor([1.0, float("nan")])}.items())
+    assert newest(tmp_path) == (tmp_path / "checkpoint-2", [])
+    assert not list(tmp_path.glob("*.part"))

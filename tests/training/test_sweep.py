@@ -10,8 +10,8 @@ from sora_hw.errors import UserError
 from sora_hw.recipes import commonsense, glue, metamath
 from sora_hw.training import sweep as sweeping
 from sora_hw.training.arguments import parse
+from sora_hw.training.divergence import Diverged
 from sora_hw.training.launch import main
-from sora_hw.training.run import Diverged
 from sora_hw.training.sweep import sweep
 from sora_hw.training.sweep_report import Outcome, best_learning_rate, chosen, rows_of, shown
 
