@@ -8,9 +8,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, ModuleType
 
+import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -31,7 +32,7 @@ class Interrupted(Exception):
 class StopOnSignal(TrainerCallback):
     """Ends training after the micro-step in which the ranks find that a signal has reached one, with a checkpoint.
 
-    `received` is the signal's number on this rank. The trainer sets `agreed` to that of any rank, and `stopped_by` is
+    `asked()` is the signal's number on this rank. The trainer sets `agreed` to that of any rank, and `stopped_by` is
     what has ended the run. The gradients of a step that has not ended are given up: the checkpoint is of the step
     before, with the random numbers as they were then.
 
@@ -41,6 +42,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self):
         self.received: int | None = None
+        self.launchers: list[int] = []
         self.since = 0.0
         self.agreed: int | None = None
         self.stopped_by: int | None = None
@@ -50,12 +52,20 @@ class StopOnSignal(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While training: before and after it there is nothing to save, and signals do what they always do."""
+        self.launchers = _launchers()
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def asked(self) -> int:
+        """The signal that this rank has received, 0 while there is none. The end of its launcher counts as SIGTERM:
+        DeepSpeed's ends without a word to the ranks, which would train on where nobody sees them."""
+        if self.received is None and _launchers() != self.launchers:
+            self.received = signal.SIGTERM
+        return self.received or 0
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
@@ -84,6 +94,15 @@ class StopOnSignal(TrainerCallback):
             self.stopped_by = self.agreed
             # What is due after this step, a validation too, still happens: nobody does it later.
             control.should_log = control.should_save = control.should_training_stop = True
+
+
+def _launchers() -> list[int]:
+    """The processes that have started this rank and should outlive it: `deepspeed` does it by way of another."""
+    parent = os.getppid()
+    if "CROSS_RANK" in os.environ:
+        with suppress(psutil.Error):
+            return [parent, psutil.Process(parent).ppid()]
+    return [parent] if "TORCHELASTIC_RUN_ID" in os.environ else []
 
 
 def _random_sources(device: torch.device) -> list[ModuleType]:

@@ -111,7 +111,7 @@ class MethodTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.peers.step()
-        found = torch.tensor([0, self.stop.received or 0], device=loss.device)
+        found = torch.tensor([0, self.stop.asked()], device=loss.device)
         found[0] = ~torch.isfinite(loss.detach())
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         diverged, self.stop.agreed = found.tolist()

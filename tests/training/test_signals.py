@@ -76,12 +76,14 @@ def test_a_plain_run(tmp_path, arguments, finish, number):
     check_left(folder, run)
 
 
-@pytest.mark.parametrize("reached", ["one rank", pytest.param("all processes", marks=pytest.mark.full)])
+@pytest.mark.parametrize("reached", ["one rank", "the launcher", pytest.param("all processes", marks=pytest.mark.full)])
 def test_two_ranks_agree(tmp_path, arguments, finish, reached):
     folder = tmp_path / "run"
     run = begin(folder, 2, *arguments)
     if reached == "all processes":
         os.killpg(run.pid, signal.SIGTERM)  # as a scheduler does
+    elif reached == "the launcher":
+        run.kill()  # it cannot tell its ranks
     else:
         ranks = [
             each for each in psutil.Process(run.pid).children(recursive=True) if "--local_rank=1" in each.cmdline()
