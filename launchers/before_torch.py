@@ -4,8 +4,12 @@ torch loads vendors' device extensions while it is imported, and a broken one en
 the processor or an NVIDIA GPU needs none of them. DeepSpeed decides for an accelerator when it is first imported, which
 a library may do early. And PEFT imports bitsandbytes where it is installed, which then tells what it could not load;
 the one line of an error should stand alone.
+
+And what is imported stays: Python shall not look through it for garbage, again and again while more is imported, which
+takes a fifth of the start. `sora_hw.training.launch` lets it look again, but for what is there by then.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -29,3 +33,4 @@ if named in ("cpu", "cuda"):
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     sys.modules["torch_npu"] = None  # transformers would import it, sound or not
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+gc.disable()

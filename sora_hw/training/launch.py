@@ -1,5 +1,6 @@
 """From the command line of a launcher to a plan, a run or a sweep."""
 
+import gc
 import os
 import sys
 import time
@@ -36,6 +37,9 @@ def main(module: ModuleType, argv: Sequence[str] | None = None) -> int:
 
 def exit_code(program: Callable[[], None], if_interrupted: str) -> int:
     """Run a program of one or several ranks: its exit code, as `main` has it. `if_interrupted` is what Ctrl-C tells."""
+    if not gc.isenabled():  # a launcher's before_torch has switched it off for the imports
+        gc.freeze()
+        gc.enable()
     silence()
     try:
         program()

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 
@@ -77,10 +76,10 @@ def _shown(value: float | None, form: str) -> str | None:
 
 def draw_losses(history: Sequence[Mapping[str, float]], unit: str, file: Path) -> None:
     """The loss curve as a PNG, the validation losses as points on it; `unit` is that of the losses."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # chooses its backend while it is imported
+    from matplotlib.figure import Figure  # which no start need wait for
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
@@ -89,7 +88,6 @@ def draw_losses(history: Sequence[Mapping[str, float]], unit: str, file: Path) -
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 def facts(device: Device) -> dict[str, object]:

@@ -1,18 +1,21 @@
-"""A random tiny Llama with a tokenizer of bytes, a few short records, and the launcher as a subprocess."""
+"""A random tiny Llama with a tokenizer of bytes, a few short records, and the launcher as a process."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from warm import Warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = REPOSITORY / "launchers"
@@ -105,15 +108,23 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def launch():
-    """`launch(ranks, *arguments, backend="cpu", launcher="commonsense.py", cwd=None, **variables)`, see `_launch`."""
-    return _launch
+def warm() -> Iterator[Warm]:
+    """Where launchers start that need not import anything."""
+    server = Warm()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
-def train():
+def launch(warm):
+    """`launch(ranks, *arguments, **options)`, see `_launch`."""
+    return partial(_launch, warm)
+
+
+@pytest.fixture(scope="session")
+def train(warm):
     """`train(folder, ranks, *arguments, **options)`, see `_train`."""
-    return _train
+    return partial(_train, warm)
 
 
 @pytest.fixture(scope="session")
@@ -141,28 +152,35 @@ def _finish(process: subprocess.Popen, seconds: float = 240) -> subprocess.Compl
 
 
 def _launch(
+    warm: Warm,
     ranks: int,
     *arguments: object,
     backend: str = "cpu",
     launcher: str = "commonsense.py",
     cwd: Path | None = None,
+    cold: bool = False,
     **variables: str,
 ) -> subprocess.CompletedProcess:
-    """Run the launcher: 0 ranks for plain python, otherwise by DeepSpeed's launcher on a port of its own."""
-    command = [sys.executable, str(LAUNCHERS / launcher)]
+    """Run the launcher: 0 ranks for plain python, otherwise by DeepSpeed's launcher on a port of its own.
+
+    On the processor it is forked from a process that has imported the libraries. `cold` starts it as a user does: for
+    tests of a start, and where a library reads one of the variables while it is imported.
+    """
+    program = [str(LAUNCHERS / launcher)]
     if ranks:
         port = str(20000 + os.getpid() % 20000)
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-        command += ["--master_port", port, str(LAUNCHERS / launcher)]
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        program = [deepspeed, "--num_accelerators", str(ranks), "--master_port", port, *program]
+    program += ["--backend", backend, *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return subprocess.run(
-        [*command, "--backend", backend, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd
-    )
+    if backend == "cpu" and not cold:
+        return warm.run(program, cwd or Path.cwd(), environment)
+    return subprocess.run([sys.executable, *program], capture_output=True, text=True, env=environment, cwd=cwd)
 
 
-def _train(folder: Path, ranks: int, *arguments: object, **options: str) -> Finished:
+def _train(warm: Warm, folder: Path, ranks: int, *arguments: object, **options: object) -> Finished:
     """A run into `folder` that must succeed."""
-    done = _launch(ranks, "--output", folder, *arguments, **options)
+    done = _launch(warm, ranks, "--output", folder, *arguments, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return Finished(folder, done.stdout)

@@ -33,7 +33,7 @@ def demo(tmp_path_factory, train):
         patch.setenv("HF_TOKEN", "hf_secretsecret")
         patch.setenv("CXX", "/bin/false")
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
-        return train(folder / "run", 2)
+        return train(folder / "run", 2, cold=True)
 
 
 def test_the_demo_learns_the_embedded_questions(demo):

@@ -1,9 +1,6 @@
 """One to eight ranks: the same losses without dropout, and with any dropout the same samples in each step."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -47,20 +44,16 @@ def program(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(program, tmp_path_factory, tiny_model, records_file):
+def run(program, tmp_path_factory, tiny_model, records_file, launch):
     """`run(ranks, dropout)` gives the losses and, of every step, the ids of its samples."""
 
     def start(ranks, dropout):
         folder = tmp_path_factory.mktemp("run")
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-        command += ["--master_port", str(20000 + (os.getpid() + 7) % 20000), str(program)]
-        words = ["--backend", "cpu", "--model", tiny_model, "--train-data", records_file, "--output", folder / "out"]
+        words = ["--model", tiny_model, "--train-data", records_file, "--output", folder / "out"]
         words += ["--max-steps", STEPS, "--global-batch", BATCH, "--micro-batch", MICRO, "--seed", SEED]
         words += ["--validation-size", HELD_OUT, "--max-length", 320, "--dropout", dropout, "--warmup-steps", 1]
         words += ["--learning-rate", 5e-3, "--rank", 4, "--eval-steps", 100]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NOTES": f"{folder}/rank"}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, env=environment)
+        done = launch(ranks, *words, launcher=program, NOTES=f"{folder}/rank")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in history if "loss" in entry]

@@ -1,9 +1,8 @@
 """A run that goes on from its middle ends exactly where the undisturbed one ends, dropout included."""
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,24 +55,24 @@ FULL = [pytest.param(stage, 20, marks=pytest.mark.full) for stage in range(4)]
 
 
 @pytest.mark.parametrize(("stage", "steps"), [(2, 4), (3, 4), *FULL])
-def test_interrupted_at_every_step(tmp_path, tiny_model, records_file, stage, steps):
+def test_interrupted_at_every_step(tmp_path, tiny_model, records_file, warm, stage, steps):
     given = ["--model", tiny_model, "--train-data", records_file, *ARGUMENTS, "--zero-stage", stage]
-    interrupt_at_every_step("commonsense", tmp_path, steps, given)
+    interrupt_at_every_step(warm, "commonsense", tmp_path, steps, given)
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1)), 2, 3])
-def test_parameters_with_and_without_weight_decay(tmp_path, tiny_encoder, stage):
+def test_parameters_with_and_without_weight_decay(tmp_path, tiny_encoder, warm, stage):
     """The optimiser has two groups of parameters, which DeepSpeed steps one after the other."""
     records = [{"sentence1": "ab" * number, "sentence2": "b", "label": number % 2} for number in range(1, 20)]
     (tmp_path / "rte.jsonl").write_text("\n".join(map(json.dumps, records)))
     given = ["--task", "rte", "--model", tiny_encoder, "--train-data", tmp_path / "rte.jsonl", *ARGUMENTS]
     given += ["--weight-decay", 0.3, "--zero-stage", stage]
-    interrupt_at_every_step("glue", tmp_path, 3, given)
+    interrupt_at_every_step(warm, "glue", tmp_path, 3, given)
 
 
-def interrupt_at_every_step(recipe, folder, steps, given):
+def interrupt_at_every_step(warm, recipe, folder, steps, given):
     """In a process of its own, which DeepSpeed takes for itself."""
-    command = [sys.executable, Path(__file__).with_name("resume_program.py"), recipe, folder, steps, *given]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    program = [Path(__file__).with_name("resume_program.py"), recipe, folder, steps, *given]
+    done = warm.run(list(map(str, program)), folder, os.environ)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == f"{steps - 1} of {steps - 1}"

@@ -89,15 +89,13 @@ def start(finish):
 
 
 @pytest.fixture
-def refusal(tmp_path, arguments, start):
+def refusal(tmp_path, arguments, launch):
     """`refusal(ranks, precaution, *arguments)`: the line that a run without it ends with, before its first step."""
 
-    def line(number, precaution, *more):
+    def line(ranks, precaution, *more):
         program = tmp_path / "broken.py"
         program.write_text(BROKEN)
-        command = ["torchrun", "--standalone", "--nproc_per_node", number] if number > 1 else [sys.executable]
-        command += [program, precaution, "--backend", "cpu", *arguments, "--output", tmp_path / "out", *more]
-        done = start(command, tmp_path)
+        done = launch(ranks, precaution, *arguments, "--output", tmp_path / "out", *more, launcher=program)
         assert done.returncode and "step 1/" not in done.stdout, done.stdout + done.stderr
         told = {line for line in done.stderr.splitlines() if line.startswith("error:")}
         assert len(told) == 1, done.stderr
@@ -204,13 +202,13 @@ class TestTheModel:
         assert line.startswith("error: ZeRO-3 gathers the adapter's tensors one by one")
 
     def test_a_base_in_another_dtype(self, refusal):
-        line = refusal(1, "load_in_bfloat16", "--dtype", "float32")
+        line = refusal(0, "load_in_bfloat16", "--dtype", "float32")
         assert line.startswith(
             "error: the model trains in bfloat16 and float32, DeepSpeed's bf16 being off, instead of "
         )
 
     def test_a_trainer_without_deepspeed(self, refusal):
-        line = refusal(1, "arguments_without_deepspeed")
+        line = refusal(0, "arguments_without_deepspeed")
         assert line.startswith("error: the Trainer runs without DeepSpeed")
 
 

@@ -1,0 +1,158 @@
+"""Launchers in processes that need not import anything: most of a short run's time is the import of what it uses.
+
+A server (this file, as a program) imports what a rank on the processor imports, once, and forks a process for each
+launcher. That process has its own arguments, environment, folder, session and end, and runs the launcher's file, or the
+command `deepspeed`, as it is; where DeepSpeed starts a Python process of its own, that is forked off as well. What such
+a run cannot show is what happens while Python and the libraries start: the tests of that start their programs cold.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+LAUNCHERS = Path(__file__).resolve().parents[1] / "launchers"
+LIBRARIES = (  # of a rank, before it has read its arguments or later
+    *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "deepspeed.runtime.zero.stage3"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert"),
+    *("transformers.integrations.deepspeed", "matplotlib.backends.backend_agg", "datasets", "accelerate"),
+    *("setuptools", "sora_hw.training.launch", "sora_hw.recipes"),
+)
+POPEN = subprocess.Popen
+
+
+class Warm:
+    """The tests' end of the server, which starts with the first program."""
+
+    def __init__(self):
+        self.server = None
+
+    def run(
+        self, program: Sequence[str], folder: Path, environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a Python file with its arguments to its end."""
+        if self.server is None:
+            before = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.server = POPEN([sys.executable, __file__], env=before, **pipes)
+        with tempfile.TemporaryDirectory() as said:
+            request = {"program": list(program), "folder": str(folder), "environment": dict(environment), "said": said}
+            print(json.dumps(request), file=self.server.stdin, flush=True)
+            process = self._answer()
+            try:
+                code = self._answer()
+            except BaseException:  # the test's time is over, say
+                with suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGKILL)
+                self.close()
+                raise
+            told = [Path(said, name).read_text(errors="replace") for name in ("stdout", "stderr")]
+            return subprocess.CompletedProcess(program, code, *told)
+
+    def _answer(self) -> int:
+        return int(self.server.stdout.readline())
+
+    def close(self) -> None:
+        if self.server:
+            self.server.stdin.close()
+            self.server.wait()
+            self.server = None
+
+
+class Forked:
+    """What DeepSpeed's launcher needs of subprocess.Popen, for a Python process that is forked and not begun."""
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str]):
+        self.args, self.returncode = words, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            become(words, environment)
+
+    def poll(self, options: int = os.WNOHANG) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, options)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self) -> int:
+        return self.poll(0)
+
+
+def start(command: Sequence[str], *rest: object, **options: object):
+    """In the place of subprocess.Popen in DeepSpeed's launcher."""
+    if command[:2] == [sys.executable, "-u"]:
+        return Forked(command[2:], options["env"])
+    return POPEN(command, *rest, **options)
+
+
+def become(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Be the process of `python -u` and these words, to its end."""
+    code = 0
+    try:
+        os.environ.clear()
+        os.environ.update(environment)
+        deepspeeds_own = words[0] == "-m" or Path(words[0]).name == "deepspeed"
+        subprocess.Popen = start if deepspeeds_own else POPEN
+        if words[0] == "-m":
+            sys.argv = list(words[1:])
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = list(words), str(Path(words[0]).parent)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def begin(request: dict) -> int:
+    """Fork the process of a program, which leads a session of its own; its number."""
+    process = os.fork()
+    if process:
+        return process
+    os.setsid()
+    os.chdir(request["folder"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(request["said"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  (as long as the process)
+    return become(request["program"], request["environment"])
+
+
+def serve() -> None:
+    import deepspeed
+
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    deepspeed.ops.__compatible_ops__  # noqa: B018  (it looks for a compiler when it is first asked)
+    del sys.modules["before_torch"]  # each launcher decides anew, by its own arguments
+    gc.freeze()  # or every process would walk through all of it, and so copy it, in each collection
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        process = begin(json.loads(line))
+        print(process, file=answers)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(LAUNCHERS))
+    sys.argv += ["--backend", "cpu"]
+    import before_torch  # noqa: F401  (as every launcher does)
+
+    serve()
