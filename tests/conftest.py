@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from simulated_npu.building import simulated_npu  # noqa: F401  (the fixture, for every test room)
+from warm import Warm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MARKERS = {
@@ -39,6 +40,14 @@ def _own_environment() -> Iterator[None]:
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Where programs of one or several ranks start that need not import anything."""
+    server = Warm()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

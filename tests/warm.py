@@ -58,6 +58,12 @@ class Warm:
             told = [Path(said, name).read_text(errors="replace") for name in ("stdout", "stderr")]
             return subprocess.CompletedProcess(program, code, *told)
 
+    def run_ranks(
+        self, ranks: int, program: Sequence[str], folder: Path, environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """The same on several ranks of DeepSpeed's launcher."""
+        return self.run([*by_deepspeed(ranks), *program], folder, with_programs(environment))
+
     def _answer(self) -> int:
         return int(self.server.stdout.readline())
 
@@ -66,6 +72,17 @@ class Warm:
             self.server.stdin.close()
             self.server.wait()
             self.server = None
+
+
+def by_deepspeed(ranks: int) -> list[str]:
+    """The command that starts a program on so many ranks of this machine, on a port that no other worker takes."""
+    command = Path(sys.executable).with_name("deepspeed")
+    return [str(command), "--num_accelerators", str(ranks), "--master_port", str(20000 + os.getpid() % 20000)]
+
+
+def with_programs(environment: Mapping[str, str]) -> dict[str, str]:
+    """With the programs of this Python's environment in the path, of which DeepSpeed starts some."""
+    return {**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"}
 
 
 class Forked:

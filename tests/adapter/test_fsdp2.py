@@ -2,8 +2,7 @@
 
 import itertools
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,8 @@ SOME = [
 ]
 
 
-def run(*cases):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", PROGRAM, *cases]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def run(warm, *cases):
+    result = warm.run_ranks(2, [str(PROGRAM), *cases], Path.cwd(), os.environ)
     lines = [line.removeprefix("RESULT ") for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == 1, result.stderr[-3000:]
     return json.loads(lines[0])
@@ -34,8 +32,8 @@ def check(compared, cases):
 
 
 @pytest.fixture(scope="module")
-def results():
-    return run(*SOME)
+def results(warm):
+    return run(warm, *SOME)
 
 
 def test_every_method_learns_what_it_learns_whole(results):
@@ -53,8 +51,8 @@ def test_merging_and_summing_are_refused(results):
 
 
 @pytest.mark.full
-def test_every_pair_sharded_either_way():
+def test_every_pair_sharded_either_way(warm):
     cases = [
         "+".join(case) for case in itertools.product(PRE, POST, ("blocks", "layers")) if "+".join(case) not in SOME
     ]
-    check(run(*cases)["compared"], cases)
+    check(run(warm, *cases)["compared"], cases)

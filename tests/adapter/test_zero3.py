@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,31 +14,28 @@ SOME = [("none", "magnitude"), ("rotation", "none"), ("diagonal", "rotation"), (
 PROGRAM = Path(__file__).with_name("zero3_program.py")
 
 
-def run(pairs):
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [str(deepspeed), "--num_accelerators", "2", str(PROGRAM), *("+".join(pair) for pair in pairs)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{deepspeed.parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+def run(warm, pairs):
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    result = warm.run_ranks(2, [str(PROGRAM), *map("+".join, pairs)], Path.cwd(), environment)
     lines = [line.split("RESULT ")[1].split() for line in result.stdout.splitlines() if "RESULT " in line]
     assert len(lines) == len(pairs), result.stderr[-3000:]
     return {(pre, post): (float(loss), float(gradient)) for pre, post, loss, gradient in lines}
 
 
-def check(pairs):
-    for pair, (loss, gradient) in run(pairs).items():
+def check(warm, pairs):
+    for pair, (loss, gradient) in run(warm, pairs).items():
         assert loss < 2e-6, (pair, loss)
         assert gradient < 1e-3, (pair, gradient)
 
 
-def test_magnitudes_and_rotations_of_linear_layers_and_of_a_grouped_convolution():
-    check([*SOME, ("convolution", "grouped")])
+def test_magnitudes_and_rotations_of_linear_layers_and_of_a_grouped_convolution(warm):
+    check(warm, [*SOME, ("convolution", "grouped")])
 
 
-def test_a_start_from_the_base_weight():
-    check([("start", "pissa"), ("start", "olora")])
+def test_a_start_from_the_base_weight(warm):
+    check(warm, [("start", "pissa"), ("start", "olora")])
 
 
 @pytest.mark.full
-def test_every_other_pair():
-    check([pair for pair in itertools.product(PRE, POST) if pair not in SOME])
+def test_every_other_pair(warm):
+    check(warm, [pair for pair in itertools.product(PRE, POST) if pair not in SOME])

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from warm import Warm
+from warm import Warm, by_deepspeed, with_programs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHERS = REPOSITORY / "launchers"
@@ -108,14 +107,6 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
-    """Where launchers start that need not import anything."""
-    server = Warm()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
 def launch(warm):
     """`launch(ranks, *arguments, **options)`, see `_launch`."""
     return partial(_launch, warm)
@@ -166,14 +157,10 @@ def _launch(
     On the processor it is forked from a process that has imported the libraries. `cold` starts it as a user does: for
     tests of a start, and where a library reads one of the variables while it is imported.
     """
-    program = [str(LAUNCHERS / launcher)]
+    program = [str(LAUNCHERS / launcher), "--backend", backend, *map(str, arguments)]
     if ranks:
-        port = str(20000 + os.getpid() % 20000)
-        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        program = [deepspeed, "--num_accelerators", str(ranks), "--master_port", port, *program]
-    program += ["--backend", backend, *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        program = [*by_deepspeed(ranks), *program]
+    environment = with_programs({**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables})
     if backend == "cpu" and not cold:
         return warm.run(program, cwd or Path.cwd(), environment)
     return subprocess.run([sys.executable, *program], capture_output=True, text=True, env=environment, cwd=cwd)
