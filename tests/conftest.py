@@ -1,5 +1,6 @@
 """What every test room shares: the markers, the reasons for skipping, and the folder with the shared data."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ MARKERS = {
 def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: Python shall not walk through all of it whenever it looks for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

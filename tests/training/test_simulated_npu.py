@@ -4,6 +4,7 @@ It shows that placement, dispatch, launcher and ZeRO work for the device; nothin
 """
 
 import json
+from functools import cache
 
 import pytest
 
@@ -20,14 +21,23 @@ def on_cpu(tmp_path_factory, records_file, train):
     return train(tmp_path_factory.mktemp("cpu") / "out", 0, "--train-data", records_file, *ARGUMENTS)
 
 
+@pytest.fixture(scope="module")
+def on_npu(tmp_path_factory, simulated_npu, records_file, train):
+    """`on_npu(stage)`: the run of two ranks, and the folder where each has written down what its device did."""
+
+    def run(stage):
+        folder = tmp_path_factory.mktemp("npu")
+        variables = {**simulated_npu, "SIMULATED_NPU_LOG": str(folder / "operators")}
+        data = ("--train-data", records_file, "--zero-stage", stage, *ARGUMENTS, "--save-steps", 2)
+        return train(folder / "out", 2, *data, backend="npu", **variables), folder / "operators"
+
+    return cache(run)
+
+
 # Stage 2 shards what stage 1 shards, and gradients as well.
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), 2, 3])
-def test_losses_and_adapter_equal_those_of_the_cpu(stage, on_cpu, simulated_npu, records_file, train, tmp_path):
-    log = tmp_path / "operators"
-    variables = {**simulated_npu, "SIMULATED_NPU_LOG": str(log)}
-    data = ("--train-data", records_file)
-    run = train(tmp_path / "out", 2, *data, "--zero-stage", stage, *ARGUMENTS, backend="npu", **variables)
-
+def test_losses_and_adapter_equal_those_of_the_cpu(stage, on_cpu, on_npu):
+    run, log = on_npu(stage)
     assert run.manifest["device"] == "npu" and "simulated" in run.manifest["device_name"]
     assert run.manifest["results"]["peak_memory_bytes"] > 0
     assert run.manifest["device_settings"] == {
@@ -54,13 +64,15 @@ def test_losses_and_adapter_equal_those_of_the_cpu(stage, on_cpu, simulated_npu,
 
 
 @pytest.mark.parametrize(("first", "second"), [("npu", "cpu"), ("cpu", "npu")])
-def test_a_checkpoint_of_one_device_goes_on_on_the_other(first, second, simulated_npu, records_file, train, tmp_path):
+def test_a_checkpoint_of_one_device_goes_on_on_the_other(
+    first, second, on_npu, simulated_npu, records_file, train, tmp_path
+):
     """The losses are those of the undisturbed run on the device that began."""
     arguments = ["--train-data", records_file, "--zero-stage", 2, *ARGUMENTS, "--save-steps", 2]
-    devices = {"cpu": {"backend": "cpu"}, "npu": {"backend": "npu", **simulated_npu}}
-    whole = train(tmp_path / "whole", 2, *arguments, **devices[first])
+    whole = on_npu(2)[0] if first == "npu" else train(tmp_path / "whole", 2, *arguments)
     checkpoint = whole.folder / "checkpoint-2"
-    again = train(tmp_path / "again", 2, "--resume", checkpoint, *arguments, **devices[second])
+    device = {"cpu": {}, "npu": {"backend": "npu", **simulated_npu}}[second]
+    again = train(tmp_path / "again", 2, "--resume", checkpoint, *arguments, **device)
     assert again.manifest["device"] == second and again.manifest["resumed_from"] == str(checkpoint)
     assert again.losses[:2] == whole.losses[:2]
     assert again.losses[2:] == pytest.approx(whole.losses[2:], abs=5e-5)
