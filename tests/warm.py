@@ -41,7 +41,7 @@ class Warm:
     ) -> subprocess.CompletedProcess[str]:
         """Run a Python file with its arguments to its end."""
         if self.server is None:
-            before = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+            before = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             self.server = POPEN([sys.executable, __file__], env=before, **pipes)
         with tempfile.TemporaryDirectory() as said:
