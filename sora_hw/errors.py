@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import unicodedata
 
 
 class UserError(Exception):
@@ -38,4 +39,10 @@ def one_line(error: UserError | OSError) -> str:
     else:
         text = str(error)
     line = re.sub(r"(?<=://)[^/\s@]+@", "(hidden)@", re.sub(r"\s*\n\s*", " ", text))
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+    return printable(line)
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would take for a command, which stands in it as Python writes it: \\x1b."""
+    shown = (each.isprintable() or unicodedata.category(each) == "Zs" for each in text)  # spaces are of many kinds
+    return "".join(each if kept else repr(each)[1:-1] for each, kept in zip(text, shown, strict=True))

@@ -4,12 +4,12 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import EMBEDDED
+from sora_hw.terminal import Console
 from sora_hw.training.arguments import TENSORBOARD, Request
 from sora_hw.training.base_model import (
     BaseModel,
