@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sora_hw import cli
+from sora_hw.training import patterns
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHANGED = {
     "no-peft-type": {"peft_type": None},
@@ -150,6 +153,38 @@ def changed(adapter: Path, change: dict) -> None:
 def test_a_configuration_that_cannot_be(adapter, refused, case):
     changed(adapter, CHANGED[case])
     refused("sora-hw", "merge", "adapter", "--output", "new")
+
+
+SLOW = {
+    "target_modules": "(.+)+!",
+    "exclude_modules": "(.+|x)*!",
+    "rank_pattern": {"(.*.*)*!": 4},
+    "alpha_pattern": {"(.*_?)*!": 4},
+    "modules_to_save": ["(.|.)*!"],
+}
+
+
+@pytest.mark.parametrize("field", SLOW)
+@pytest.mark.parametrize("method", ["CONDITIONED", "LORA"])
+def test_an_expression_that_takes_years_is_refused(adapter, refused, monkeypatch, field, method):
+    monkeypatch.setattr(patterns, "LONGEST", 0.5)
+    changed(adapter, {"peft_type": method, field: SLOW[field]})
+    assert "cannot be matched" in refused("sora-hw", "merge", "adapter", "--output", "new")
+
+
+HONEST = (
+    ".*(q|v)_proj$",
+    r"^(?!.*vision).*(?:q_proj|v_proj)$",
+    r"model\.layers\.(0|1|2|3)\.self_attn\.(q|v)_proj",
+    r"(\w+\.)*[qv]_proj",
+    r".*\.(\d+)\.(?:self_)?att\w*\..*[qv]_proj",
+)
+
+
+@pytest.mark.parametrize("expression", HONEST)
+def test_an_honest_expression_is_matched(folder, adapter, expression, capfd):
+    changed(adapter, {"target_modules": expression, "rank_pattern": {r"layers\.[0-9]+\..*up_proj": 2}})
+    assert cli.main(["merge", "adapter", "--output", "new"]) == 0, capfd.readouterr()
 
 
 @pytest.mark.parametrize("case", DAMAGED)
