@@ -2,6 +2,7 @@
 
     sora-hw doctor      what this machine has, what is missing, and what to do about it
     sora-hw plan        what a launcher would do, whether it fits, and the variables for several machines
+    sora-hw runs        the runs and adapters in a folder, a line each
     sora-hw generate    answers of a trained adapter
     sora-hw compare     runs and sweeps beside one another and beside the paper
     sora-hw spectrum    singular values of what runs have learned, and the paper's figures of them
@@ -23,18 +24,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from sora_hw import __version__
 from sora_hw.devices.cpu import CPU
 from sora_hw.devices.detect import BACKENDS
 from sora_hw.doctor import examine, ready
 from sora_hw.errors import Parser, UserError, one_line
 from sora_hw.recipes import BENCHMARKS
+from sora_hw.terminal import Console, print_anything
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code; an error of the user's is one line on the standard error."""
+    print_anything()
     try:
         arguments, rest = _parser().parse_known_args(argv)
         if rest and arguments.run is not plan:
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="sora-hw", description="Weight-conditioned adapters: tools beside training.")
     parser.add_argument("--version", action="version", version=f"sora-hw {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    looking = (_add_generate, _add_compare, _add_spectrum, _add_report)
+    looking = (_add_runs, _add_generate, _add_compare, _add_spectrum, _add_report)
     converting = (_add_merge, _add_export, _add_import)
     for add in (_add_doctor, _add_plan, *looking, *converting):
         add(commands)
@@ -71,6 +72,13 @@ def _add_plan(commands) -> None:
         "--hostfile", type=Path, metavar="FILE", help="plan for its machines, and write .deepspeed_env for them"
     )
     command.set_defaults(run=plan)
+
+
+def _add_runs(commands) -> None:
+    command = commands.add_parser("runs", help="the runs and adapters in a folder, a line each")
+    command.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="of runs [runs]")
+    command.add_argument("--format", choices=("terminal", "json"), default="terminal", help="of the list [terminal]")
+    command.set_defaults(run=runs)
 
 
 def _add_generate(commands) -> None:
@@ -146,6 +154,18 @@ def plan(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def runs(arguments: argparse.Namespace, console: Console) -> int:
+    """Print what lies in a folder of runs, the newest last."""
+    from sora_hw.finished import listing
+
+    found = listing.list_runs(arguments.folder)
+    if arguments.format == "terminal":
+        listing.print_list(found, console)
+    else:
+        print(listing.as_json(found), end="")
+    return 0
+
+
 def compare(arguments: argparse.Namespace, console: Console) -> int:
     """Print the tables of finished runs and sweeps."""
     from sora_hw.finished import comparison, tables
@@ -164,7 +184,7 @@ def report(arguments: argparse.Namespace, console: Console) -> int:
     from sora_hw.finished.run import read_runs
 
     file = write_report(read_runs(arguments.runs), arguments.output)
-    console.print(f"{file}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{file}")
     return 0
 
 
@@ -185,7 +205,7 @@ def generate(arguments: argparse.Namespace, console: Console) -> int:
 
     launch.silence()
     questions = arguments.questions or [sys.stdin.read()]
-    told = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    told = Console(stderr=True)
     limit, model = arguments.max_new_tokens, arguments.model
     for answer in generate(arguments.folder, questions, arguments.backend, limit, told, model):
         print(answer)
@@ -233,13 +253,13 @@ def doctor(arguments: argparse.Namespace, console: Console) -> int:
     for section in examine():
         if section.table.row_count == 0:
             continue
-        console.print(section.table)
+        console.print(section.table, soft_wrap=False)
         for note in section.notes:
-            console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {note}")
         console.print()
         problems += section.problems
     for problem in problems:
-        console.print(f"broken: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"broken: {problem}", style="red")
     if not problems:
         console.print(f"Ready: training can start on {' or '.join(ready())}.", style="green")
     return 1 if problems else 0

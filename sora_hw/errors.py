@@ -2,6 +2,21 @@
 
 import argparse
 import re
+import unicodedata
+
+HIDDEN = "(hidden)"
+# Access tokens by their makers' prefixes, which models and folders have as well, but with shorter or lower-case names
+# behind them; JSON web tokens; what stands before the @ of an address, which as a path has a single slash; and what
+# follows on a flag for a secret.
+_SECRETS = re.compile(
+    r"\b((hf|api_org|gh[pousr])_[A-Za-z0-9]{16,}|github_pat_\w{20,}"
+    r"|(sk|glpat)-(?=[\w-]{0,99}\d)(?=[\w-]{0,99}[A-Z])[\w-]{16,}"
+    r"|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16}|ms-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+    r"|\beyJ[\w-]{9,999}\.[\w-]+\.[\w-]+|(?:(?<=://)|(?<=\w:/)(?!/))[^/\s]+(?=@)|(?<=Bearer )\S+"
+)
+_SECRET_FLAGS = re.compile(
+    r"(--?[\w-]{0,40}(?:token|secret|passwo?r?d|credentials?|api[-_]?key)[ =]+)[^\s;]+", re.IGNORECASE
+)
 
 
 class UserError(Exception):
@@ -37,5 +52,15 @@ def one_line(error: UserError | OSError) -> str:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error)
-    line = re.sub(r"(?<=://)[^/\s@]+@", "(hidden)@", re.sub(r"\s*\n\s*", " ", text))
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+    return printable(without_secrets(re.sub(r"\s*\n\s*", " ", text)))
+
+
+def without_secrets(text: str) -> str:
+    """`text`, with what looks like an access token or a password taken out."""
+    return _SECRET_FLAGS.sub(rf"\1{HIDDEN}", _SECRETS.sub(HIDDEN, text))
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would take for a command, which stands in it as Python writes it: \\x1b."""
+    shown = (each.isprintable() or unicodedata.category(each) == "Zs" for each in text)  # spaces are of many kinds
+    return "".join(each if kept else repr(each)[1:-1] for each, kept in zip(text, shown, strict=True))

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import load_peft_weights
-from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +27,7 @@ from sora_hw.finished.adapters import (
     save_tokenizer,
     shown,
 )
+from sora_hw.terminal import Console
 from sora_hw.training.run_folder import MODEL
 
 _PREFIX = "base_model.model."  # of every name in an adapter's file
@@ -105,7 +105,7 @@ def export(path: Path, output: Path, model: str | None, console: Console) -> Non
         config.save_pretrained(str(folder))
         told = _statement(adapter, lora, config, output, dtype)
         (folder / "README.md").write_text(_card(told))
-    console.print("\n".join(told), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(told))
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from sora_hw.data.prompts import prompt
 from sora_hw.data.records import Record
 from sora_hw.devices.detect import select
@@ -13,6 +11,7 @@ from sora_hw.evaluation.generation import Generator
 from sora_hw.finished.loading import load, profile_for
 from sora_hw.finished.run import read_run
 from sora_hw.recipes.recipe import Classification
+from sora_hw.terminal import Console
 from sora_hw.training.report import kernels
 from sora_hw.versions import check_versions
 

@@ -10,7 +10,6 @@ from pickle import UnpicklingError
 import torch
 from peft import LoraConfig
 from peft.utils import load_peft_weights
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from sora_hw.adapter.released import OPTIONS, TENSORS, converted, released_outpu
 from sora_hw.errors import UserError
 from sora_hw.finished.adapters import NAME, WEIGHTS, find_base, new_folder
 from sora_hw.storage import read_json
+from sora_hw.terminal import Console
 from sora_hw.training.base_model import load_as_stored
 from sora_hw.training.saving import ADAPTER_CONFIG
 
@@ -56,10 +56,7 @@ def import_checkpoint(path: Path, output: Path, model: str | None, console: Cons
     console.print(
         f"{output}: SORA of {len(layers)} layers, {ranks}, as the authors' code has it\n"
         f"its outputs differ from the authors' formula by at most {worst:.1e} of the largest one, on random inputs and "
-        f"{whose} (computed in float64)",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{whose} (computed in float64)"
     )
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from sora_hw.adapter import ConditionedLinear
 from sora_hw.errors import UserError
@@ -16,6 +15,7 @@ from sora_hw.finished.adapters import (
     open_adapter,
     save_tokenizer,
 )
+from sora_hw.terminal import Console
 
 
 def merge(path: Path, output: Path, model: str | None, console: Console) -> None:
@@ -47,7 +47,7 @@ def merge(path: Path, output: Path, model: str | None, console: Console) -> None
     told = [f"{output}: {adapter.base.name} with the adapter merged into its weights", *rounding.told(dtype)]
     if not has_tokenizer:
         told.append("no tokenizer: neither the adapter nor the base model has one")
-    console.print("\n".join(told), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(told))
 
 
 @torch.no_grad()

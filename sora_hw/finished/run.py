@@ -1,5 +1,6 @@
 """A run as it lies on the disk: which recipe it followed, what it trained, how it went."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -11,6 +12,12 @@ from sora_hw.storage import read_json
 from sora_hw.training.checkpoints import STATE, newest
 from sora_hw.training.run_folder import ADAPTER, MANIFEST, MODEL
 
+# Of what a run ends with: numbers, and names with a number each; None stands for what was not measured.
+NUMBERS = (
+    *("steps", "final_loss", "validation_loss", "seconds"),
+    *("tokens_per_second", "peak_memory_bytes", "trainable_percent"),
+)
+SCORES, QUESTIONS = ("validation", "test"), "embedded_questions"
 SECTIONS = ("results", "data", "batch", "profile", "versions", "environment", "device_settings")  # of run.json
 
 
@@ -84,7 +91,8 @@ def read_run(folder: Path, model: str | None = None) -> FinishedRun:
         values = dict(manifest["recipe"])
         for section in SECTIONS:
             dict(manifest.get(section) or {})
-    except (OSError, ValueError, KeyError, TypeError):
+        _check_results(manifest.get("results") or {})
+    except (OSError, ValueError, OverflowError, KeyError, TypeError):
         raise UserError(f"{file} is damaged") from None
     kind = Classification if "task" in values else LanguageModelling
     known = {field.name for field in fields(kind)}
@@ -101,6 +109,17 @@ def read_run(folder: Path, model: str | None = None) -> FinishedRun:
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{file} is damaged") from None
     return FinishedRun(folder, manifest, recipe)
+
+
+def _check_results(results: Mapping[str, object]) -> None:
+    """Raises ValueError, OverflowError, KeyError or TypeError where anything else stands in the place of a number."""
+    values = [results.get(name) for name in NUMBERS]
+    values += [value for name in SCORES for value in dict(results.get(name) or {}).values()]
+    if questions := results.get(QUESTIONS):
+        values += [float(questions[name]) for name in ("questions", "chance", "before", "after")]
+    for value in values:
+        if value is not None and not (_is_of(value, float) and math.isfinite(value)):
+            raise ValueError
 
 
 def _is_of(value: object, kind: object) -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sora_hw.devices.detect import select
@@ -32,6 +31,7 @@ from sora_hw.finished.scores import (
     write_scores,
 )
 from sora_hw.finished.tables import print_tables, write_tables
+from sora_hw.terminal import Console
 from sora_hw.training.callbacks import PLAIN_LINES, duration
 from sora_hw.training.environment import rank, rank_here
 from sora_hw.training.launch import exit_code
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def score(request: Request) -> None:
     """Do what the command line asks for. Nothing is created before everything has been checked. Raises UserError."""
     check_versions(unneeded=("deepspeed",))
-    console = Console(quiet=rank() > 0, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = Console(quiet=rank() > 0)
     device = select(request.backend)
     run = read_run(request.adapter) if request.adapter else None
     recipe = recipe_of(request, run)

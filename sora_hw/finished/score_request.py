@@ -15,6 +15,7 @@ from sora_hw.finished.run import FinishedRun
 from sora_hw.finished.scores import FOLDER, GENERATION, LIKELIHOOD
 from sora_hw.recipes import commonsense, metamath
 from sora_hw.recipes.recipe import FULL, Classification, Recipe
+from sora_hw.training.arguments import path
 from sora_hw.training.run_folder import RUNS
 
 BOTH = "both"
@@ -66,7 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         description="Score what a run has trained, or a base model, on the tasks of the paper.", allow_abbrev=False
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--adapter", type=_path, metavar="RUN", help="a run's folder")
+    what.add_argument("--adapter", type=path, metavar="RUN", help="a run's folder")
     what.add_argument("--model", metavar="NAME", help="a base model alone: a folder, an id of the hub, or `embedded`")
     parser.add_argument(
         *("--tasks",),
@@ -79,7 +80,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     parser.add_argument(
         *("--data",),
         nargs="+",
-        type=_path,
+        type=path,
         metavar="FOLDER",
         default=(),
         help="with TASK.test.jsonl.gz (.jsonl, .json), or TASK/test.json as in LLM-Adapters' dataset folder "
@@ -96,7 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         "--batch-size", type=int, default=16, metavar="N", help="texts at a time per rank; changes no score [16]"
     )
     parser.add_argument(
-        "--output", type=_path, metavar="FOLDER", help=f"of predictions and scores [RUN/{FOLDER}, {RUNS}/{FOLDER}-NAME]"
+        "--output", type=path, metavar="FOLDER", help=f"of predictions and scores [RUN/{FOLDER}, {RUNS}/{FOLDER}-NAME]"
     )
     parser.add_argument("--overwrite", action="store_true", help="delete the predictions that the folder holds")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
@@ -105,10 +106,6 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         raise UserError(f"--batch-size {given['batch_size']}: must be at least 1")
     del given["local_rank"]
     return Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def recipe_of(request: Request, run: FinishedRun | None) -> Recipe:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
@@ -22,6 +21,7 @@ from sora_hw.finished.layer_spectra import Watch, layer_spectra
 from sora_hw.finished.run import FinishedRun, read_runs
 from sora_hw.recipes.recipe import Recipe
 from sora_hw.storage import checksum, read_json, write_whole
+from sora_hw.terminal import Console
 from sora_hw.training.run_folder import RUNS
 
 FILE = "spectrum.json"
@@ -99,20 +99,20 @@ def show_spectra(folders: Sequence[Path], output: Path | None, console: Console,
         raise UserError(f"--output {output}: the folder cannot be made ({error.strerror})") from None
     spectra = [(run, spectrum_of(run, console)) for run in runs]
     series = _series(spectra)
-    console.print(_table(series), soft_wrap=True)
+    console.print(_table(series))
     try:
         drawn = draw_all(series, output)
     except OSError as error:
         raise UserError(f"--output {output}: the figures cannot be written ({error.strerror})") from None
     for file in drawn:
-        console.print(f"{file}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{file}")
 
 
 def _left_out(run: FinishedRun, console: Console) -> bool:
     unfinished = run.status != "finished"
     if unfinished:
         why = "has diverged" if run.status == "diverged" else "is unfinished"
-        console.print(f"{run.path}: {why}, left out", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{run.path}: {why}, left out")
     return unfinished
 
 
@@ -132,10 +132,7 @@ def spectrum_of(run: FinishedRun, console: Console) -> Spectrum:
         how = f"{time.monotonic() - started:.1f} s"
     console.print(
         f"{run.path}: entropy {spectrum.mean_entropy:.3f}, stable rank {spectrum.mean_stable_rank:.2f}, mean of "
-        f"{len(spectrum.layers)} layers ({spectrum.layers[0].computed}, {how})",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{len(spectrum.layers)} layers ({spectrum.layers[0].computed}, {how})"
     )
     return spectrum
 
@@ -154,7 +151,7 @@ def _progress(run: FinishedRun, console: Console) -> Iterator[Watch]:
         nonlocal printed
         if time.monotonic() - printed > PLAIN_SECONDS:
             printed = time.monotonic()
-            console.print(f"{run.path}: layer {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{run.path}: layer {done} of {total}")
 
     yield line
 

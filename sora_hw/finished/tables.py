@@ -12,10 +12,10 @@ from pathlib import Path
 
 from rich import box
 from rich import table as rich_table
-from rich.console import Console
 from rich.text import Text
 
 from sora_hw.storage import write_whole
+from sora_hw.terminal import Console
 
 NONE = "-"
 DECIMALS = 4  # of the figures in files
@@ -91,7 +91,7 @@ def print_tables(tables: Sequence[Table], console: Console) -> None:
     for table in tables:
         console.print(_terminal(table, console), soft_wrap=True)
         for note in table.notes:
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+            console.print(note)
         console.print()
 
 
@@ -155,7 +155,7 @@ def _cells(table: Table) -> Iterator[tuple[Mapping[str, str], str, Cell]]:
 
 def as_json(tables: Sequence[Table]) -> str:
     """A list of tables with `title`, `rows` (each with its `of` and, by the column, its `cells`) and `notes`."""
-    return json.dumps([_json(table) for table in tables], indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps([_json(table) for table in tables], indent=2, allow_nan=False) + "\n"
 
 
 def _json(table: Table) -> dict[str, object]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sora_hw.devices.detect import BACKENDS
-from sora_hw.errors import Parser, UserError
+from sora_hw.errors import Parser, UserError, without_secrets
 from sora_hw.hardware import HARDWARE as SETUPS
 from sora_hw.recipes.recipe import DATA, MODEL, OPTIMISATION, RUN, Recipe
 
@@ -63,7 +63,7 @@ def parse(module: ModuleType, argv: Sequence[str] | None = None, ranks: int | No
         as_json=given["json"],
         report_to=given["report_to"],
         ranks=ranks,
-        argv=tuple(argv),
+        argv=tuple(map(without_secrets, argv)),
     )
 
 
@@ -91,13 +91,16 @@ def paper_recipe(module: ModuleType, given: Mapping[str, object]) -> Recipe:
     return module.recipe(given["task"]) if "task" in given else module.recipe()
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
+    """A flag's value as a path. Raises UserError for an address, which may hold a password."""
+    if "://" in text:
+        raise UserError(f"{text} is an address: give a folder of this machine")
     return Path(text).expanduser()
 
 
 def _add_run_flags(group) -> None:
     group.add_argument("-h", "--help", action="help", help="show this and stop")
-    group.add_argument("--output", type=_path, metavar="FOLDER", help="folder of the run [runs/RECIPE-METHOD-NUMBER]")
+    group.add_argument("--output", type=path, metavar="FOLDER", help="folder of the run [runs/RECIPE-METHOD-NUMBER]")
     group.add_argument(
         "--resume",
         nargs="?",

@@ -27,11 +27,12 @@ from sora_hw.data.embedded import MODEL_PATH
 from sora_hw.errors import UserError
 from sora_hw.hardware import Profile
 from sora_hw.recipes.recipe import EMBEDDED, FULL, Recipe
-from sora_hw.storage import check_regular
+from sora_hw.storage import check_regular, read_json
 from sora_hw.training.methods import is_expression
 from sora_hw.training.objectives import Objective
 
 SHIPPED = Path(recipes.__file__).parent / "models"  # the configurations of the paper's models, without their weights
+SAFE, PICKLED, INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"  # as transformers looks for weights
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -116,6 +117,7 @@ def check_model(base: BaseModel, recipe: Recipe) -> int | None:
         The number of elements of the adapter's largest tensor; None where the whole model trains.
     """
     model = skeleton(base)
+    _check_files(base)
     _check_weights(base, {name: tuple(each.shape) for name, each in model.state_dict().items()})
     if recipe.method == FULL:
         return None
@@ -145,7 +147,7 @@ def skeleton(base: BaseModel) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return base.auto_class.from_config(base.config, trust_remote_code=False)
-    except ValueError as error:
+    except Exception as error:  # as in _config
         kind = base.auto_class.__name__.removeprefix("AutoModelFor")
         raise UserError(f"--model {base.name}: not a model for {kind} ({_first_sentence(error)})") from None
 
@@ -168,6 +170,33 @@ def _names(target: str, layer: str) -> bool:
         except re.error as error:
             raise UserError(f"--target-modules {target}: neither a name nor a regular expression ({error})") from None
     return layer == target or layer.endswith("." + target)
+
+
+def _check_files(base: BaseModel) -> None:
+    """The files that transformers takes the weights of a local model from are in its folder, whatever its index or its
+    config.json names: a path from a stranger leads nowhere else. Raises UserError."""
+    folder = Path(base.source)
+    if not folder.is_dir():  # the hub's client looks after its own
+        return
+    for name in _files(base, folder):
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"--model {base.name}: {name!r}, which it names for its weights, is no file in its folder")
+
+
+def _files(base: BaseModel, folder: Path) -> list[object]:
+    """Their names, as they are written: a stranger's may be anything."""
+    name = getattr(base.config, "transformers_weights", None)
+    if name is None:
+        usual = (SAFE, SAFE + INDEX, PICKLED, PICKLED + INDEX)
+        name = next((each for each in usual if (folder / each).is_file()), SAFE)
+    if not (isinstance(name, str) and name.endswith(INDEX) and (folder / name).is_file()):
+        return [name]
+    try:
+        index = read_json(folder / name)
+        dict(index["metadata"])
+        return [name, *index["weight_map"].values()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"--model {base.name}: {name} is damaged; fetch it again") from None
 
 
 def _check_weights(base: BaseModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -268,7 +297,10 @@ def load_as_stored(base: BaseModel) -> PreTrainedModel:
 
 def _load(base: BaseModel, options: Mapping[str, object]) -> PreTrainedModel:
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    _check_files(base)
     try:
         return base.auto_class.from_pretrained(base.source, config=base.config, trust_remote_code=False, **options)
-    except (OSError, SafetensorError, UnpicklingError) as error:
+    except UnpicklingError:
+        raise UserError(f"--model {base.name}: its pickled weights are damaged, or hold more than tensors") from None
+    except Exception as error:  # every format fails in its own ways at what a file may hold
         raise UserError(f"--model {base.name}: its weights cannot be loaded ({_first_sentence(error)})") from None

@@ -4,10 +4,10 @@ import atexit
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sora_hw.terminal import Console
 from sora_hw.training.deepspeed_config import check_engine
 from sora_hw.training.plan import Plan
 

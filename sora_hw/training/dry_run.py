@@ -4,13 +4,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 
-from rich.console import Console
-
 from sora_hw.analysis import Memory
 from sora_hw.data.files import is_on_hub
 from sora_hw.data.glue import TASKS
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import Classification, Recipe
+from sora_hw.terminal import Console
 from sora_hw.training.arguments import Request
 from sora_hw.training.base_model import is_local, shipped
 from sora_hw.training.deepspeed_config import deepspeed_config

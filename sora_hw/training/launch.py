@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from rich.console import Console
-
 from sora_hw.errors import UserError, one_line
+from sora_hw.terminal import Console, print_anything
 from sora_hw.training.arguments import parse
 from sora_hw.training.dry_run import show_plan
 from sora_hw.training.environment import rank, rank_here
@@ -41,6 +40,7 @@ def exit_code(program: Callable[[], None], if_interrupted: str) -> int:
         gc.freeze()
         gc.enable()
     silence()
+    print_anything()
     try:
         program()
     except (UserError, OSError) as error:
@@ -71,7 +71,7 @@ def plan(module: ModuleType, argv: Sequence[str], hostfile: Path | None) -> None
 
 
 def _console() -> Console:
-    return Console(quiet=rank() > 0, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    return Console(quiet=rank() > 0)
 
 
 def launch(module: ModuleType, argv: Sequence[str] | None) -> None:

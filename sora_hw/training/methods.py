@@ -18,15 +18,17 @@ LORA_PLUS_RATIO = 16  # how much faster B learns than A: the value that LoRA+ (H
 OFT_BLOCK_SIZE = 96
 
 
-def add_method(model: PreTrainedModel, recipe: Recipe, task_type: str) -> nn.Module:
+def add_method(model: PreTrainedModel, recipe: Recipe, task_type: str, zero_stage: int = 0) -> nn.Module:
     """`model` ready to learn by the recipe's method, initialised by its seed.
 
     task_type: PEFT's name for the objective.
+    zero_stage: DeepSpeed's, which gives a model one dtype and keeps what trains in float32 beside it. Under stage 3 it
+        leaves the dtype to whoever makes the model, so that an adapter has to be made in that of the base.
     """
     set_seed(recipe.seed)
     if recipe.method == FULL:
         return model.requires_grad_(True)
-    return get_peft_model(model, peft_config(recipe, task_type))
+    return get_peft_model(model, peft_config(recipe, task_type), autocast_adapter_dtype=zero_stage < 3)
 
 
 def peft_config(recipe: Recipe, task_type: str) -> PeftConfig:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 import sora_hw
 from sora_hw import ops
 from sora_hw.devices.device import Device
+from sora_hw.terminal import Console
 from sora_hw.training.plan import Plan
 from sora_hw.versions import verdicts
 
@@ -36,12 +36,12 @@ def print_sections(plan: Mapping[str, object], console: Console) -> None:
     """Every value of the plan on a line of its own."""
     for section, content in plan.items():
         if not isinstance(content, Mapping):
-            console.print(f"{section}: {content}", markup=False)
+            console.print(f"{section}: {content}")
             continue
-        console.print(f"{section}:", markup=False)
+        console.print(f"{section}:")
         for name, value in content.items():
             shown = json.dumps(value) if isinstance(value, Mapping | list | tuple) else value
-            console.print(f"  {name}: {shown}", markup=False)
+            console.print(f"  {name}: {shown}")
 
 
 def print_results(results: Mapping[str, object], device: Device, console: Console) -> None:
@@ -67,7 +67,7 @@ def print_results(results: Mapping[str, object], device: Device, console: Consol
     for name, value in rows.items():
         if value:
             table.add_row(name, value)
-    console.print(table, soft_wrap=True)
+    console.print(table)
 
 
 def _shown(value: float | None, form: str) -> str | None:

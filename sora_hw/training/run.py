@@ -4,12 +4,12 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import EMBEDDED
+from sora_hw.terminal import Console
 from sora_hw.training.arguments import TENSORBOARD, Request
 from sora_hw.training.base_model import (
     BaseModel,
@@ -161,7 +161,7 @@ def make_trainer(job: Job, clock: Clock, stop: StopOnSignal, peers: Peers, conso
     set_seed(job.plan.recipe.seed)  # a head that the base model lacks is drawn while it is loaded
     base = load_model(job.base, job.plan.profile)
     check_loaded(base, job.plan)
-    model = add_method(base, job.plan.recipe, job.objective.task_type)
+    model = add_method(base, job.plan.recipe, job.objective.task_type, job.plan.profile.zero_stage)
     callbacks = [clock, LastLoss()] + ([ProgressBar(clock, console)] if dist.get_rank() == 0 else [])
     if job.request.report_to == TENSORBOARD:
         board = TensorBoardCallback()

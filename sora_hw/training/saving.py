@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sora_hw import ConditionedConfig
 from sora_hw.errors import UserError
 from sora_hw.hardware import Profile
-from sora_hw.storage import check_regular, sync_folder
+from sora_hw.storage import check_regular, read_json, sync_folder
 from sora_hw.training.base_model import BaseModel, load_model
 from sora_hw.training.checkpoints import sync, together
 from sora_hw.training.divergence import check_finite
 from sora_hw.training.engine_state import full_precision, trained
 from sora_hw.training.methods import MODULES_TO_SAVE
+from sora_hw.training.patterns import check_patterns
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -79,6 +80,7 @@ def load_adapter(plain: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            check_patterns(read_json(folder / ADAPTER_CONFIG), (name for name, _ in plain.named_modules()))
             return PeftModel.from_pretrained(plain, str(folder))
     except Exception as error:  # each method of PEFT's fails in its own ways at what a file may hold
         reason = " ".join(str(error).split())[:300]

@@ -13,12 +13,12 @@ from types import ModuleType
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from sora_hw.devices.cpu import CPU
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import RUN, Grid, Recipe
 from sora_hw.storage import read_json
+from sora_hw.terminal import Console
 from sora_hw.training.arguments import NEWEST, Request, paper_recipe
 from sora_hw.training.divergence import Diverged
 from sora_hw.training.plan import make_plan

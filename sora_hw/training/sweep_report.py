@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import Recipe
 from sora_hw.storage import write_whole
+from sora_hw.terminal import Console
 
 SUMMARY = "summary"
+LOSSES = {"validation loss": "validation_loss", "training loss": "final_loss"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _row(runs: Sequence[Outcome]) -> Row:
     first = runs[0]
     finished = [_scores(run.results) for run in runs if run.results]
     names = finished[0] if finished else {}
-    scores = {name: _spread([scores[name] for scores in finished]) for name in names}
+    scores = {name: _spread([scores.get(name) for scores in finished]) for name in names}
     return Row(
         first.rank,
         first.learning_rate,
@@ -100,9 +101,9 @@ def _row(runs: Sequence[Outcome]) -> Row:
 
 
 def _scores(results: Mapping[str, object]) -> dict[str, float | None]:
-    scores = {f"test {name}": value for name, value in results["test"].items()}
-    scores |= {f"validation {name}": value for name, value in results["validation"].items()}
-    return scores | {"validation loss": results["validation_loss"], "training loss": results["final_loss"]}
+    scores = {f"test {name}": value for name, value in (results.get("test") or {}).items()}
+    scores |= {f"validation {name}": value for name, value in (results.get("validation") or {}).items()}
+    return scores | {name: results.get(key) for name, key in LOSSES.items()}
 
 
 def _spread(values: Sequence[float | None]) -> tuple[float, float | None] | None:
@@ -124,7 +125,7 @@ def report(recipe: Recipe, outcomes: Sequence[Outcome], folder: Path, console: C
         table.add_column(column)
     for row in cells:
         table.add_row(*row)
-    console.print(table, soft_wrap=True)
+    console.print(table)
     lines = [columns, ["---"] * len(columns), *cells]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     write_whole(folder / f"{SUMMARY}.md", f"# {title}\n\n{text}")

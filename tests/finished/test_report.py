@@ -15,10 +15,10 @@ from sealed import write_checkpoint
 
 from sora_hw import cli
 from sora_hw.analysis.figures import COLOURS
+from sora_hw.errors import HIDDEN, without_secrets
 from sora_hw.finished import scores, spectra
 from sora_hw.finished.report import write_report
 from sora_hw.finished.report.charts import Chart, Line, plain, thin
-from sora_hw.finished.report.page import HIDDEN, without_secrets
 from sora_hw.finished.run import read_run
 from sora_hw.recipes import commonsense, glue
 from sora_hw.training.run_folder import LATER
@@ -515,15 +515,29 @@ def test_numbers_on_an_axis():
     assert {value: plain(value) for value in numbers} == numbers
 
 
+NAMES = (
+    "meta-llama/Meta-Llama-3-8B-hf_x",
+    "data/hf_commonsense_170k/train.jsonl",
+    "cross-encoder/ms-marco-MiniLM-L-6-v2",
+    "models/sk-learn-of-my-own-making",
+    "--max-new-tokens 128 --tokenizer x",
+    "https://example.org/@someone/x",
+)
+
+
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
         (TOKEN, HIDDEN),
         ("--token=ghp_0123456789abcdef0123 --rank 4", f"--token={HIDDEN} --rank 4"),
-        ("https://me:pass@mirror.example/x", f"https://{HIDDEN}mirror.example/x"),
+        ("https://me:pass@mirror.example/x", f"https://{HIDDEN}@mirror.example/x"),
+        ("https://me:p@ss:w@mirror.example/@x", f"https://{HIDDEN}@mirror.example/@x"),
+        ("--hub-token canary --rank 4 --api_key=x", f"--hub-token {HIDDEN} --rank 4 --api_key={HIDDEN}"),
+        ("ms-01234567-89ab-cdef-0123-456789abcdef", HIDDEN),
+        ("sk-proj-Ab0123456789abcdefgh", HIDDEN),
         ("Authorization: Bearer abc.def", f"Authorization: Bearer {HIDDEN}"),
         ("c0ffee" * 10 + "beef", "c0ffee" * 10 + "beef"),
-        ("meta-llama/Meta-Llama-3-8B-hf_x", "meta-llama/Meta-Llama-3-8B-hf_x"),
+        *[(name, name) for name in NAMES],
     ],
 )
 def test_secrets_are_taken_out_of_text(text, clean):

@@ -7,10 +7,10 @@ import os
 import re
 
 import pytest
-from rich.console import Console
 
 from sora_hw.errors import UserError
 from sora_hw.finished.tables import Cell, Row, Table, as_csv, as_json, markdown, print_tables, write_tables
+from sora_hw.terminal import Console
 
 TABLE = Table(
     "GLUE beside Table 2",

@@ -5,12 +5,18 @@ Nothing is loaded twice: the base model's skeleton and tokenizer are the same fo
 
 import importlib
 import os
+import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
-from sora_hw import cli
+from sora_hw import ConditionedConfig, cli
+from sora_hw.data.embedded import MODEL_PATH
 from sora_hw.finished import score
 from sora_hw.training import launch, run
 
@@ -103,3 +109,37 @@ def _everything(folder: Path) -> dict[str, object]:
         else None
         for path in folder.rglob("*")
     }
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory) -> Path:
+    """An adapter of the embedded model."""
+    folder = tmp_path_factory.mktemp("sound") / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+    targets = ["q_proj", "v_proj"]
+    config = ConditionedConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_weights=False)
+    torch.manual_seed(0)
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(folder, sound) -> Path:
+    """A copy of it in the current folder."""
+    return shutil.copytree(sound, folder / "adapter")
+
+
+class Payload:
+    """Leaves a file behind where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.fixture
+def payload(folder) -> Iterator[Payload]:
+    """What must not be unpickled in the test, and would do harm if it were."""
+    yield Payload()
+    assert not (folder / "executed").exists()
+    pickle.loads(pickle.dumps(Payload()))
+    assert (folder / "executed").exists(), "the payload works"

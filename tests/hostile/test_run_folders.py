@@ -1,8 +1,10 @@
 """Folders of runs from strangers: what lies in them is damaged, or made to do harm."""
 
 import html.parser
+import io
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from sora_hw import cli
 from sora_hw.recipes import commonsense
+from sora_hw.training import launch
 
 DEEP = b"[" * 200_000
 DAMAGED = {
@@ -52,6 +55,18 @@ RUN = {
         for kind, value in {"text": "x", "number": 7}.items()
     },
 }
+RESULTS = {
+    **{
+        f"{name}-{kind}": {name: value}
+        for name in ("steps", "final_loss", "validation_loss", "seconds", "peak_memory_bytes", "trainable_percent")
+        for kind, value in {"text": "x", "list": [1], "true": True, "nan": float("nan"), "huge": 10**400}.items()
+    },
+    **{
+        f"{name}-{kind}": {name: value}
+        for name in ("test", "validation", "embedded_questions")
+        for kind, value in {"text": "x", "number": 7, "of-text": {"accuracy": "x"}, "of-nan": {"after": 1e999}}.items()
+    },
+}
 SCORE = {"protocol": "likelihood", "task": "boolq", "metric": "accuracy", "value": 0.5, "records": 3}
 SCORES = {
     **{kind: {"scores": value} for kind, value in {"null": None, "text": "x", "number": 7, "object": {"a": 1}}.items()},
@@ -87,6 +102,21 @@ def test_a_damaged_manifest(run, refused, command, case):
 def test_a_manifest_that_cannot_be(run, refused, case):
     (run / "run.json").write_text(json.dumps({**MANIFEST, **RUN[case]}))
     assert "run.json" in refused("sora-hw", "report", "run")
+
+
+@pytest.mark.parametrize("case", RESULTS)
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_results_that_cannot_be(run, refused, command, case):
+    (run / "run.json").write_text(json.dumps({**MANIFEST, "results": {**MANIFEST["results"], **RESULTS[case]}}))
+    assert "run.json" in refused("sora-hw", command, "run")
+
+
+def test_results_without_what_a_choice_among_runs_needs(folder, refused):
+    for rate in (1e-3, 1e-4):
+        recipe = {**RECIPE, "learning_rate": rate, "validation_size": 8}
+        (folder / f"{rate}").mkdir()
+        (folder / f"{rate}" / "run.json").write_text(json.dumps({**MANIFEST, "recipe": recipe}))
+    assert "learning rate" in refused("sora-hw", "compare", ".")
 
 
 @pytest.mark.parametrize("case", DAMAGED)
@@ -202,3 +232,70 @@ def test_names_in_files_do_not_leave_the_run_s_folder(folder, run, capfd):
     cli.main(["compare", "run"])
     cli.main(["spectrum", "run"])
     assert sorted(folder.parent.rglob("*")) == sorted([*before, run / "report.html"])
+
+
+def test_a_list_of_runs_names_the_damaged_ones_and_shows_the_others(folder, run, capfd):
+    """Each in one line, whatever its files hold."""
+    spoilt = {**MANIFEST, "status": ["\x1b[2J"], "started": 10**400, "finished": "[/x]"}
+    spoilt["recipe"] = {**RECIPE, "model": "\x1b[2J\n[red]x"}
+    (run / "run.json").write_text(json.dumps(spoilt))
+    cases = {f"manifest-{name}": ("run.json", content) for name, content in DAMAGED.items()}
+    cases |= {
+        f"config-{name}": ("adapter_config.json", content) for name, content in DAMAGED.items() if content != b"{}"
+    }
+    for name, (file, content) in cases.items():
+        (folder / name).mkdir()
+        (folder / name / file).write_bytes(content)
+    for name, make in {"pipe": os.mkfifo, "endless": lambda it: it.symlink_to("/dev/zero")}.items():
+        (folder / f"what-{name}").mkdir()
+        make(folder / f"what-{name}" / "adapter_config.json")
+    (folder / "config").mkdir()
+    config = {"peft_type": ["x"], "method": "[/x]\x1b[2J", "base_model_name_or_path": 7}
+    (folder / "config" / "adapter_config.json").write_text(json.dumps(config))
+    assert cli.main(["runs", "."]) == 0
+    out, err = capfd.readouterr()
+    assert err == "" and all(line.isprintable() for line in out.splitlines())
+    _, first, second, *problems = out.splitlines()
+    assert {line.split()[0] for line in (first, second)} == {"run", "config"}
+    assert r"\x1b[2J\n[red]x" in out and r"[/x]\x1b[2J" in out
+    assert len(problems) == len(cases) + 2
+    assert cli.main(["runs", ".", "--format", "json"]) == 0
+    assert len(json.loads(capfd.readouterr().out)) == len(cases) + 4
+
+
+@pytest.mark.parametrize("where", ["nowhere", "run.json", "empty"])
+def test_a_folder_without_runs(folder, refused, where):
+    (folder / "run.json").write_text("{}")
+    (folder / "empty").mkdir()
+    assert where in refused("sora-hw", "runs", where)
+
+
+@pytest.mark.parametrize("command", ["compare", "spectrum", "runs", "report"])
+def test_names_in_files_are_no_markup_and_no_commands(run, capfd, command):
+    recipe = {**RECIPE, "name": "[/x]", "model": "\x1b[2J[red]x"}
+    (run / "run.json").write_text(json.dumps({**MANIFEST, "recipe": recipe}))
+    (run / "scores").mkdir()
+    (run / "scores" / "scores.json").write_text(json.dumps({"adapter": "x", "scores": [SCORE]}))
+    cli.main([command, "run"])
+    for printed in capfd.readouterr():
+        assert all(line.isprintable() for line in printed.splitlines())
+        assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("arguments", [["compare", "run"], ["compare", "run", "--format", "markdown"], ["runs", "."]])
+def test_a_table_is_printed_where_its_characters_cannot_be(folder, run, monkeypatch, arguments):
+    (run / "run.json").write_text(json.dumps({**MANIFEST, "recipe": {**RECIPE, "model": "日±"}}))
+    (run / "scores").mkdir()
+    (run / "scores" / "scores.json").write_text(json.dumps({"adapter": "x", "scores": [SCORE]}))
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert cli.main(arguments) == 0
+    sys.stdout.flush()
+    assert b"??" in printed.getvalue() and b"50.00" in printed.getvalue()
+
+
+def test_a_launcher_prints_where_characters_cannot_be(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert launch.exit_code(lambda: print("0.5 ± 0.1", flush=True), "") == 0
+    assert printed.getvalue() == b"0.5 ? 0.1\n"

@@ -102,3 +102,19 @@ def test_losses_validation_and_adapter_equal_the_plain_loop(
         stored = saved[name.replace(".default", "")]
         assert stored.shape == value.shape
         assert torch.allclose(stored, value, atol=2e-4), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(0, 3), *(pytest.param(*case, marks=pytest.mark.full) for case in ((0, 2), (2, 3)))]
+)
+def test_bfloat16_learns_as_float32_does(train, references, tiny_model, records_file, tmp_path, ranks, stage):
+    """As far as its rounding lets it; what is saved are the optimiser's float32 weights."""
+    given = ["--model", tiny_model, "--train-data", records_file, "--dtype", "bfloat16", "--zero-stage", stage]
+    run = train(tmp_path / "out", ranks, *given, *ARGUMENTS)
+    losses, _, adapter = references["sora"]
+    assert run.losses == pytest.approx(losses, abs=1e-3), "they were within 3e-4"
+    saved = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    for name in adapter:
+        stored = saved[name.replace(".default", "")]
+        assert not torch.equal(stored, stored.bfloat16().float()), name

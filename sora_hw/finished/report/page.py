@@ -12,15 +12,10 @@ from typing import ClassVar, Protocol
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from sora_hw.errors import HIDDEN, without_secrets
 from sora_hw.finished.tables import Table
 from sora_hw.storage import write_whole
 
-HIDDEN = "(hidden)"
-# Access tokens by their makers' prefixes, JSON web tokens, and what stands before the @ of an address.
-SECRETS = re.compile(
-    r"\b(hf_|api_org_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|ms-)[\w-]{8,}"
-    r"|\beyJ[\w-]+\.[\w-]+\.[\w-]+|(?<=://)[^/\s@]+@|(?<=Bearer )\S+"
-)
 SECRET_NAMES = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
 
 
@@ -157,11 +152,6 @@ def shown(value: object) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def without_secrets(text: str) -> str:
-    """`text`, with what looks like an access token taken out."""
-    return SECRETS.sub(HIDDEN, text)
 
 
 def html(page: Page) -> str:
