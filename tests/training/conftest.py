@@ -1,4 +1,4 @@
-"""A random tiny Llama with a tokenizer of bytes, a few short records, and the launcher as a process."""
+"""A random tiny Llama and a BERT with tokenizers of bytes, a few short records, and the launcher as a process."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import write_records, write_tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from warm import Warm, by_deepspeed, with_programs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -23,25 +24,7 @@ LAUNCHERS = REPOSITORY / "launchers"
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A folder with a two-layer model of random weights; its tokens are bytes, its end-of-text is 256."""
-    folder = tmp_path_factory.mktemp("tiny_model")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)} | {"</s>": 256}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=264,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
 
 
 @pytest.fixture(scope="session")
@@ -75,18 +58,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def records_file(tmp_path_factory) -> Path:
     """50 records whose lengths differ widely, so that ranks and micro-batches hold unequal numbers of tokens."""
-    file = tmp_path_factory.mktemp("records") / "records.jsonl"
-    records = [
-        {
-            "instruction": f"Is {number} even?" + " Think." * (number * 7 % 13),
-            "output": f"the correct answer is {str(number % 2 == 0).lower()}",
-            "answer": str(number % 2 == 0).lower(),
-            "id": f"even/{number}",
-        }
-        for number in range(50)
-    ]
-    file.write_text("\n".join(map(json.dumps, records)))
-    return file
+    return write_records(tmp_path_factory.mktemp("records") / "records.jsonl")
 
 
 @dataclass(frozen=True)
