@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from sora_hw import storage
 from sora_hw.errors import UserError
-from sora_hw.storage import write_whole
+from sora_hw.storage import sampled_checksum, write_whole
 
 
 def test_a_text_takes_the_place_of_another(tmp_path):
@@ -32,3 +33,24 @@ def test_no_folder_to_write_into(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         write_whole(tmp_path / "file" / "below", "text")
+
+
+def test_a_sampled_checksum_sees_size_name_and_every_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SAMPLE", 4)
+    monkeypatch.setattr(storage, "SAMPLED_EVERY", 16)
+    content = bytes(range(40))
+
+    def of(content: bytes, name: str = "a.safetensors") -> str:
+        folder = tmp_path / str(len(os.listdir(tmp_path)))
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        (folder / "other.json").write_bytes(os.urandom(4))
+        return sampled_checksum(folder, "*.safetensors", "*.bin")
+
+    def with_byte(place: int) -> bytes:
+        return content[:place] + b"!" + content[place + 1 :]
+
+    assert of(content) == of(content) == of(with_byte(4)) == of(with_byte(39)), "these lie between the samples"
+    others = [of(with_byte(place)) for place in (0, 3, 16, 19, 32, 35)]
+    others += [of(content[:-1]), of(content, "b.safetensors"), of(content, "a.bin"), of(b"")]
+    assert len({of(content), *others}) == 1 + len(others)

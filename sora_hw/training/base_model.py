@@ -27,7 +27,7 @@ from sora_hw.data.embedded import MODEL_PATH
 from sora_hw.errors import UserError
 from sora_hw.hardware import Profile
 from sora_hw.recipes.recipe import EMBEDDED, FULL, Recipe
-from sora_hw.storage import check_regular, read_json
+from sora_hw.storage import check_regular, read_json, sampled_checksum
 from sora_hw.training.methods import is_expression
 from sora_hw.training.objectives import Objective
 
@@ -217,6 +217,14 @@ def _check_weights(base: BaseModel, shapes: Mapping[str, tuple[int, ...]]) -> No
                     f"--model {base.name}: {name} in {file.name} is {_times(found[name])}, but by config.json it is "
                     f"{_times(shapes[name])}: they belong to different models"
                 )
+
+
+def identity(base: BaseModel) -> str:
+    """What tells the model's weights from others of the same shapes, which a run could not go on with: a checksum of
+    samples of their files; of a model on the hub, its commit."""
+    if Path(base.source).is_dir():
+        return sampled_checksum(Path(base.source), "*.safetensors", "*.bin")
+    return str(getattr(base.config, "_commit_hash", None))
 
 
 def _times(shape: tuple[int, ...]) -> str:

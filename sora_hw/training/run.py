@@ -17,6 +17,7 @@ from sora_hw.training.base_model import (
     check_model,
     check_tokens,
     find,
+    identity,
     load_model,
     load_tokenizer,
 )
@@ -79,7 +80,7 @@ def check(request: Request, plan: Plan) -> Job:
     tokenizer = load_tokenizer(base, objective)
     data = prepare(objective, tokenizer)
     check_tokens(base, data.largest_token, data.longest)
-    wanted = fingerprint(plan, data.steps, data.checksum)
+    wanted = fingerprint(plan, data.steps, data.checksum, identity(base))
     folder = open_folder(request, plan, wanted)
     return Job(request, plan, objective, base, tokenizer, data, deepspeed_config(plan, largest_tensor), folder, wanted)
 

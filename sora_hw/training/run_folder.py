@@ -56,15 +56,15 @@ class RunFolder:
         write_whole(self.path / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
 
-def fingerprint(plan: Plan, steps: int, checksum: str) -> dict[str, object]:
-    """Everything that decides how a run goes on from a checkpoint; ranks, ZeRO stage and device change no loss beyond
-    rounding, so any may go on."""
+def fingerprint(plan: Plan, steps: int, train_data: str, base_weights: str) -> dict[str, object]:
+    """Everything that decides how a run goes on from a checkpoint, with the checksums of its data and of the model that
+    it began from; ranks, ZeRO stage and device change no loss beyond rounding, so any may go on."""
     recipe = {
         field.name: getattr(plan.recipe, field.name)
         for field in fields(plan.recipe)
         if field.metadata.get("group") != RUN
     }
-    decided = {"max_steps": steps, "train_data": checksum}
+    decided = {"max_steps": steps, "train_data": train_data, "base_weights": base_weights}
     hardware = {name: asdict(plan.profile)[name] for name in ("dtype", "four_bit")}
     return json.loads(json.dumps(recipe | decided | hardware))  # in JSON's types, as they are read back
 

@@ -286,6 +286,19 @@ def test_a_checkpoint_of_another_recipe(folder, good, interrupted, records_file,
     assert everything(folder) == before
 
 
+def test_a_checkpoint_of_a_base_model_with_other_weights(folder, good, tiny_model, capfd):
+    shutil.copytree(tiny_model, folder / "model")
+    given = [*good, "--model", "model"]
+    request = parse(commonsense, given)
+    job = check(request, make_plan(request, commonsense))
+    write_checkpoint(folder / "out" / "checkpoint-4")
+    job.folder.write_manifest({"fingerprint": job.fingerprint})
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    model.lm_head.weight.data[0] += 1
+    model.save_pretrained(folder / "model")
+    assert "its base_weights is " in refused([*given, "--resume"], capfd)
+
+
 def test_a_checkpoint_of_the_same_recipe_is_found(good, interrupted):
     for resume in (["--resume"], ["--resume", "auto"], ["--resume", str(interrupted / "checkpoint-4")]):
         request = parse(commonsense, [*good, *resume, "--save-steps", "3"])
