@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-full lint bench glue
+.PHONY: setup demo test test-full lint bench glue faults
 
 setup:
 	@ci/setup
@@ -16,6 +16,7 @@ test-full: setup
 	@ci/ascend
 	@ci/peft -n 2
 	@ci/audit || [ $$? = 3 ] # where the list of vulnerabilities can be reached
+	@ci/faults
 
 lint: setup
 	@ci/lint
@@ -25,3 +26,6 @@ bench: setup
 
 glue: setup
 	@ci/glue
+
+faults: setup
+	@ci/faults

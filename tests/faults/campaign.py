@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import transformers
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -149,7 +150,10 @@ class Campaign:
         write_records(folder / "records.jsonl")
         self.undisturbed: dict[int, Path] = {}
 
-    def close(self) -> None:
+    def __enter__(self) -> "Campaign":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.deepspeed.close()
 
     def reference(self, stage: int) -> Path:
@@ -198,7 +202,7 @@ class Campaign:
             outcome.code = ended.code
             if _happened(notes) == before:
                 problems.append("the fault has not happened")
-            problems += _check_end(fault, ended) + _check_left(room / "run", reference)
+            problems += check_end(fault, ended) + check_left(room / "run", reference)
         if fault.survives:
             outcome.lost = 0
         else:
@@ -267,7 +271,7 @@ def _steps_reached(notes: Path) -> int:
     return max((note["finished"] for note in _notes(notes) if "finished" in note), default=0)
 
 
-def _check_end(fault: Fault, ended: Ended) -> list[str]:
+def check_end(fault: Fault, ended: Ended) -> list[str]:
     """How a run with a fault has ended."""
     if ended.code is None:
         return [f"it had not ended after {LONGEST} s, with all its processes"]
@@ -300,7 +304,7 @@ def _last_lines(told: str) -> str:
     return " | ".join(lines[-4:])[-600:]
 
 
-def _check_left(run: Path, reference: Path) -> list[str]:
+def check_left(run: Path, reference: Path) -> list[str]:
     """What an ended run has left must be whole, or bear a name that nobody takes for it."""
     problems = [f"{each.name} is not whole" for each in _checkpoints(run) if not _is_whole(each)]
     if (run / "adapter").exists() and not _same_files(run / "adapter", reference / "adapter"):
@@ -411,9 +415,13 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = [fault for fault in FAULTS if not arguments.only or arguments.only in fault.name]
     console, outcomes, began = Console(highlight=False, width=max(120, Console().width)), [], time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="sora-hw-faults-") as folder, Progress(console=console) as progress:
+    transformers.logging.disable_progress_bar()
+    with (
+        tempfile.TemporaryDirectory(prefix="sora-hw-faults-") as folder,
+        Campaign(Path(folder)) as campaign,
+        Progress(console=console) as progress,
+    ):
         bar = progress.add_task("faults", total=len(chosen))
-        campaign = Campaign(Path(folder))
         for fault in chosen:
             progress.update(bar, description=fault.name[:60])
             outcome = campaign.attempt(fault)
@@ -421,7 +429,6 @@ def main() -> int:
             became = outcome.missing or ("NOT SURVIVED: " + "; ".join(outcome.problems) if outcome.problems else "ok")
             progress.console.print(f"{fault.name}: {became} ({outcome.seconds:.0f} s)", markup=False, soft_wrap=True)
             progress.advance(bar)
-        campaign.close()
     show(outcomes, console)
     survived = sum(not outcome.problems for outcome in outcomes)
     console.print(f"{survived} of {len(outcomes)} survived, {(time.monotonic() - began) / 60:.0f} minutes")

@@ -171,7 +171,7 @@ FAULTS: list[Fault] = [
     killed("before the model is loaded", f"{RUN}:load_model", (0, 1), 0),
     killed("while run.json is first written", "os:replace", (0,), 1, holding="run.json"),
     killed("in the first forward pass", FORWARD, (1,), 2),
-    killed("in the forward pass of step 4", FORWARD, (0,), 0, reached=3, short=True),
+    killed("in the forward pass of step 4", FORWARD, (0,), 2, reached=3, short=True),
     killed("in the forward pass of step 4", FORWARD, (0, 1), 3, reached=3, cold=True),
     killed("before the backward pass of step 3", "deepspeed:DeepSpeedEngine.backward", (1,), 2, reached=2),
     killed("between two backward passes of step 4", "deepspeed:DeepSpeedEngine.backward", (0,), 1, reached=3, call=2),
@@ -179,7 +179,7 @@ FAULTS: list[Fault] = [
     killed("in the reduction of step 4's gradients", "torch.distributed:reduce_scatter_tensor", (1,), 3, reached=3),
     killed("before step 3 of the optimiser", "torch.optim:AdamW.step", (0,), 2, reached=2),
     killed("in step 4 of the optimiser, one rank's part done", "torch.optim:AdamW.step", (1,), 3, reached=3),
-    killed("in step 5, which a resumed run has in step 3", FORWARD, (1,), 3, reached=4),
+    killed("in the forward pass of step 5", FORWARD, (1,), 0, reached=4),
     killed("after step 4, before its checkpoint", f"{TRAINER}:MethodTrainer._save_checkpoint", (0,), 2, reached=4),
     killed(
         "writing checkpoint-4: half a file of tensors", f"{CHECKPOINTS}:save_file", reached=4, half=True, short=True
@@ -288,7 +288,6 @@ FAULTS: list[Fault] = [
         "checkpoint-4 has a flipped bit",
         in_newest("rng_state_1.pth", flip),
         "rng_state_1.pth is damaged",
-        3,
         short=True,
     ),
     damaged("checkpoint-4 lacks a file", in_newest("schedule.json", os.unlink), "schedule.json is missing", 0),
