@@ -66,7 +66,7 @@ def together(folder: Path) -> Iterator[None]:
     problem = None
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last on a full disk
+    except (OSError, UserError, SafetensorError, RuntimeError) as error:  # torch.save raises the last on a full disk
         problem = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)

@@ -1,6 +1,7 @@
 """One fine-tuning run, from the checks to what it leaves behind, in the order in which it happens."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from sora_hw.training.base_model import (
     load_tokenizer,
 )
 from sora_hw.training.callbacks import Clock, EngineCheck, LastLoss, ProgressBar
+from sora_hw.training.checkpoints import together
 from sora_hw.training.deepspeed_config import check_loaded, deepspeed_config, release
 from sora_hw.training.demo import score_demo
 from sora_hw.training.divergence import Diverged
@@ -120,7 +122,6 @@ def train(job: Job, console: Console) -> None:
     machines = agree(common_facts(known["versions"], known["git_commit"], job.plan, job.data, job.folder.checkpoint))
     if len(machines) > 1:
         console.print(where(machines))
-    main_rank = dist.get_rank() == 0
     global_batch = job.plan.recipe.global_batch
     clock = Clock(job.data.tokens_of_steps(global_batch), len(job.data.training), global_batch)
     stop, peers = StopOnSignal(), Peers(job.plan.profile.peer_timeout)
@@ -128,29 +129,27 @@ def train(job: Job, console: Console) -> None:
     manifest = {**known, **job.as_dict(), "argv": list(job.request.argv), "machines": machines}
     manifest |= {"environment": settings.environment, "device_settings": settings.device}
     manifest |= {"fingerprint": job.fingerprint, "resumed_from": str(job.folder.checkpoint or "") or None}
-    if main_rank:
-        job.folder.create(job.request.overwrite)
-        job.folder.write_manifest({**manifest, "status": "started"})
-    dist.barrier()
+    with together(job.folder.path):
+        if dist.get_rank() == 0:
+            job.folder.create(job.request.overwrite)
+            job.folder.write_manifest({**manifest, "status": "started"})
 
     try:
         with stop.listening(), peers:
             trainer.train(resume_from_checkpoint=str(job.folder.checkpoint) if job.folder.checkpoint else None)
         results = None if stop.stopped_by else finish(job, trainer, clock)
     except Diverged:
-        trainer.save_state()
-        if main_rank:
-            job.folder.write_manifest({**manifest, "status": "diverged", "finished": now()})
+        save_state(job, trainer)
+        record(job, {**manifest, "status": "diverged", "finished": now()})
         release(trainer.model_wrapped)
         raise
     if stop.stopped_by:
-        if main_rank:
-            job.folder.write_manifest({**manifest, "status": "interrupted", "finished": now()})
+        record(job, {**manifest, "status": "interrupted", "finished": now()})
         release(trainer.model_wrapped)
         leave()  # together: when one rank ends, a launcher ends the others
         raise Interrupted(stop.stopped_by)
-    if main_rank:
-        job.folder.write_manifest({**manifest, "status": "finished", "finished": now(), "results": results})
+    record(job, {**manifest, "status": "finished", "finished": now(), "results": results})
+    if dist.get_rank() == 0:
         print_results(results, job.plan.device, console)
     release(trainer.model_wrapped)
     dist.barrier()
@@ -184,10 +183,10 @@ def finish(job: Job, trainer: Trainer, clock: Clock) -> dict[str, object]:
     test = trainer.evaluate(job.data.test, metric_key_prefix="test") if job.data.test else {}
     trained = job.folder.trained(job.plan.recipe)
     save_trained(trainer.model, trained, job.plan.profile.zero_stage, job.tokenizer)
-    trainer.save_state()
-    history = trainer.state.log_history
-    if dist.get_rank() == 0:
-        draw_losses(history, job.objective.loss_unit, job.folder.path / CURVE)
+    save_state(job, trainer)
+    with together(job.folder.path):
+        if dist.get_rank() == 0:
+            draw_losses(trainer.state.log_history, job.objective.loss_unit, job.folder.path / CURVE)
     demo = None
     if job.plan.recipe.asks_embedded_questions:
         demo = asdict(score_demo(job.base, job.tokenizer, trained, job.plan.profile, trainer.args.device))
@@ -204,6 +203,19 @@ def finish(job: Job, trainer: Trainer, clock: Clock) -> dict[str, object]:
         trained.name: str(trained),
         "embedded_questions": demo,
     }
+
+
+def record(job: Job, manifest: Mapping[str, object]) -> None:
+    """Write run.json. Every rank must call it, and raises UserError where rank 0 cannot."""
+    with together(job.folder.path):
+        if dist.get_rank() == 0:
+            job.folder.write_manifest(manifest)
+
+
+def save_state(job: Job, trainer: Trainer) -> None:
+    """Write trainer_state.json. Every rank must call it, and raises UserError where rank 0 cannot."""
+    with together(job.folder.path):
+        trainer.save_state()
 
 
 def final_loss(trainer: Trainer) -> float:

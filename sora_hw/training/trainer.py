@@ -143,8 +143,9 @@ class MethodTrainer(Trainer):
                     schedule = {"optimiser_steps": steps_taken(engine), "scheduler": self.lr_scheduler.state_dict()}
                     write_whole(aside / SCHEDULE, json.dumps(schedule, indent=2) + "\n")
                     self.state.save_to_json(str(aside / STATE))
-        if self.args.process_index == 0:
-            prune(run, best if self.state.best_global_step else None)
+        with together(run):
+            if self.args.process_index == 0:
+                prune(run, best if self.state.best_global_step else None)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # DeepSpeed has nothing to load

@@ -251,6 +251,12 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "disk read-only",
+        "deleting checkpoint-2",
+        (at("os:rename", "fail", "EROFS", reached=6, holding="checkpoint-2.old"),),
+        told="Read-only file system",
+    ),
+    Fault(
+        "disk read-only",
         "renaming the adapter",
         (at("pathlib:Path.rename", "fail", "EROFS", reached=6, call=2),),
         told="Read-only file system",
@@ -271,7 +277,7 @@ FAULTS: list[Fault] = [
         told="nan",
     ),
     Fault(
-        "infinity in one rank's logits", "in step 4", (at(FORWARD, "spoil", "inf", reached=3),), (0,), 3, told="nan|inf"
+        "infinity in one rank's loss", "in step 4", (at(FORWARD, "spoil", "inf", reached=3),), (0,), 3, told="nan|inf"
     ),
     # Files that are not what they were.
     refused("the data is gone", vanish("records.jsonl"), "records.jsonl"),
@@ -279,7 +285,7 @@ FAULTS: list[Fault] = [
     refused("the data is cut off", rewrite("records.jsonl", cut_a_line), "records.jsonl"),
     refused("the base model is gone", vanish("model"), "model"),
     refused("the base model has other layers", rewrite("model/config.json", other_layers), "different models", 3),
-    refused("the base model has other weights", rewrite("model/model.safetensors", other_weights), "base_model"),
+    refused("the base model has other weights", rewrite("model/model.safetensors", other_weights), "base_weights"),
     refused("run.json is cut off", rewrite("run/run.json", truncate), "run.json is missing or damaged"),
     damaged(
         "checkpoint-4 has half a file", in_newest("state-0.safetensors", truncate), "state-0.safetensors is damaged"

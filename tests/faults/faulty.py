@@ -51,10 +51,9 @@ def limit(function: Callable, given: tuple, named: dict, value: int) -> object:
 
 
 def fill(function: Callable, given: tuple, named: dict, value: int) -> object:
-    """The disk is full but for `value` bytes, and stays so. It is a small one, which the run's folder lies on."""
-    with open("ballast", "wb", buffering=0) as ballast:
-        room = os.statvfs(".")
-        ballast.write(bytes(room.f_bavail * room.f_frsize - value))
+    """The disk is full but for `value` bytes, and stays so; a small one, where the run has its folder."""
+    room = os.statvfs(".")
+    Path("ballast").write_bytes(bytes(room.f_bavail * room.f_frsize - value))
     return function(*given, **named)
 
 
@@ -75,10 +74,12 @@ def send(function: Callable, given: tuple, named: dict, value: tuple[str, str]) 
 
 
 def spoil(function: Callable, given: tuple, named: dict, value: str) -> object:
-    """The result is `nan` or `inf`, in one place of each row."""
+    """The result, or the loss in it, is `nan` or `inf`."""
     result = function(*given, **named)
-    (result if hasattr(result, "data_ptr") else result.logits).data[..., 0] = float(value)
-    return result
+    if hasattr(result, "loss"):
+        result.loss = result.loss * float(value)
+        return result
+    return result * float(value)
 
 
 def wait(function: Callable, given: tuple, named: dict, value: float) -> object:

@@ -9,8 +9,19 @@ import torch.distributed as dist
 from sealed import write_checkpoint
 
 from sora_hw.errors import UserError
+from sora_hw.storage import write_whole
 from sora_hw.training import checkpoints
-from sora_hw.training.checkpoints import clear, damage, delete, newest, prune, reading_state, write_state, writing
+from sora_hw.training.checkpoints import (
+    clear,
+    damage,
+    delete,
+    newest,
+    prune,
+    reading_state,
+    together,
+    write_state,
+    writing,
+)
 from sora_hw.training.divergence import Diverged
 
 
@@ -130,6 +141,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, alone, monkeypatch, 
         write_state(aside, {"weight": torch.ones(2)}.items())
     assert newest(tmp_path) == (tmp_path / "checkpoint-2", [])
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_every_rank_learns_what_one_has_said_in_a_line(tmp_path, alone):
+    """Which would end that one alone, and leave the others waiting."""
+    told = r"checkpoint-4 cannot be written by rank 0 \(.*checkpoint.json cannot be written \(No such file"
+    with pytest.raises(UserError, match=told), together(tmp_path / "checkpoint-4"):
+        write_whole(tmp_path / "checkpoint-4" / "checkpoint.json", "{}")
 
 
 def test_a_payload_in_a_checkpoint_does_not_run(tmp_path):
