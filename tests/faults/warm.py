@@ -20,6 +20,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 NEEDED = (  # by a rank on the processor, before it has read its arguments or later
     *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "deepspeed.runtime.zero.stage3"),
@@ -87,12 +88,13 @@ def become(command: list[str], environment: dict[str, str]) -> None:
         os._exit(code)
 
 
-def begin(run: dict) -> int:
-    """Fork the process of the command `deepspeed`; its number."""
+def begin(run: dict, answers: TextIO) -> int:
+    """Fork the process of the command `deepspeed`, which answers as soon as it leads a session; its number."""
     number = os.fork()
     if number:
         return number
     os.setsid()
+    print(json.dumps({"process": os.getpid()}), file=answers)
     os.chdir(run["folder"])
     log = os.open(run["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -115,9 +117,7 @@ def main() -> None:
     os.dup2(2, 1)
     print(json.dumps({"ready": os.getpid()}), file=answers)
     for line in sys.stdin:
-        number = begin(json.loads(line))
-        print(json.dumps({"process": number}), file=answers)
-        _, status = os.waitpid(number, 0)
+        _, status = os.waitpid(begin(json.loads(line), answers), 0)
         print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), file=answers)
 
 
