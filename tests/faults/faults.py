@@ -15,6 +15,7 @@ CHECKPOINTS = "sora_hw.training.checkpoints"
 SAVING = "sora_hw.training.saving"
 
 FULL_DISK = r"No space left on device"
+GONE = r"rank {} on \S+ no longer answers: "
 TOO_LARGE = r"[Ff]ile too large|cannot be written"
 
 
@@ -59,13 +60,16 @@ class Fault:
 
 def at(target: str, action: str = "kill", value: object = None, **more: object) -> dict[str, object]:
     """What `faulty` is to do; see there."""
-    usual = {"reached": 0, "call": 1, "holding": "", "half": False}
+    usual = {"reached": 0, "call": 1, "holding": "", "half": False, "patience": None}
     return usual | {"target": target, "action": action, "value": value} | more
 
 
 def killed(when: str, target: str, ranks: tuple[int, ...] = (0,), stage: int = 2, **more: object) -> Fault:
+    """The rank that is left says which is gone, while it trains: before and after that it is the launcher's to say."""
     chosen = {name: more.pop(name) for name in ("cold", "short") if name in more}
-    return Fault("SIGKILL", when, (at(target, **more),), ranks, stage, **chosen)
+    trains = 0 < more.get("reached", 0) < 6 and len(ranks) == 1
+    told = GONE.format(ranks[0]) if trains else None
+    return Fault("SIGKILL", when, (at(target, **more),), ranks, stage, told=told, **chosen)
 
 
 def full(when: str, target: str, told: str = FULL_DISK, ranks: tuple[int, ...] = (0,), stage: int = 2, **more: object):
@@ -267,6 +271,15 @@ FAULTS: list[Fault] = [
         (at("os:replace", "fail", "EROFS", reached=6, holding="run.json"),),
         told="Read-only file system",
     ),
+    # A rank that stands still for ever: the others must say which.
+    Fault("a rank freezes", "in step 4", (at(FORWARD, "freeze", reached=3, patience=8),), (1,), 2, told=GONE.format(1)),
+    Fault("a rank freezes", "in step 3", (at(FORWARD, "freeze", reached=2, patience=8),), (0,), 3, told=GONE.format(0)),
+    Fault(
+        "a rank freezes",
+        "writing checkpoint-4",
+        (at(f"{CHECKPOINTS}:save_file", "freeze", reached=4, patience=8),),
+        told=GONE.format(0),
+    ),
     # Numbers that are none.
     Fault(
         "NaN in one rank's activations",
@@ -274,10 +287,15 @@ FAULTS: list[Fault] = [
         (at("torch.nn:Embedding.forward", "spoil", "nan", reached=2),),
         (1,),
         2,
-        told="nan",
+        told=r"the loss of step 3 is nan on rank 1, .* with the records even/",
     ),
     Fault(
-        "infinity in one rank's loss", "in step 4", (at(FORWARD, "spoil", "inf", reached=3),), (0,), 3, told="nan|inf"
+        "infinity in one rank's loss",
+        "in step 4",
+        (at(FORWARD, "spoil", "inf", reached=3),),
+        (0,),
+        3,
+        told=r"the loss of step 4 is inf on rank 0",
     ),
     # Files that are not what they were.
     refused("the data is gone", vanish("records.jsonl"), "records.jsonl"),

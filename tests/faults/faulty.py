@@ -10,6 +10,7 @@ rank or all, and what happens, happens when it is called. The variable FAULT say
     holding  a word that one of its arguments must hold, or the call does not count
     action   one of ACTIONS, and `value`, which it takes
     half     to a function that writes a file: cut what it has written in half first
+    patience seconds, in the place of the profile's `peer_timeout`, for which the others wait; null for those
     notes    the file for a line of each step that is finished, and one when it happens
 """
 
@@ -87,9 +88,10 @@ def wait(function: Callable, given: tuple, named: dict, value: float) -> object:
     return function(*given, **named)
 
 
-def freeze(function: Callable, given: tuple, named: dict, value: float) -> object:
-    """This process stands still, and goes on after some seconds."""
-    subprocess.Popen(["sh", "-c", f"sleep {value}; kill -CONT {os.getpid()}"])
+def freeze(function: Callable, given: tuple, named: dict, value: float | None) -> object:
+    """This process stands still, and goes on after so many seconds, or never."""
+    if value:
+        subprocess.Popen(["sh", "-c", f"sleep {value}; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
     return function(*given, **named)
 
@@ -100,6 +102,8 @@ LASTING = ("fail",)  # a disk that is full stays so, for all calls that follow
 
 def inject(fault: dict) -> None:
     """Put the wrapper in the place of the target, if it is to happen to this rank."""
+    from sora_hw.training import run
+    from sora_hw.training.peers import Peers
     from sora_hw.training.signals import StopOnSignal
 
     finished, calls = 0, 0
@@ -117,6 +121,8 @@ def inject(fault: dict) -> None:
         return on_step_end(self, args, state, control, **named)
 
     StopOnSignal.on_step_end = count_steps
+    if fault["patience"]:
+        run.Peers = lambda patience: Peers(fault["patience"])
     if int(os.environ["RANK"]) not in fault["ranks"]:
         return
     module, _, name = fault["target"].partition(":")
