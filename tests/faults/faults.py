@@ -179,7 +179,7 @@ FAULTS: list[Fault] = [
     killed("in the forward pass of step 4", FORWARD, (0, 1), 3, reached=3, cold=True),
     killed("before the backward pass of step 3", "deepspeed:DeepSpeedEngine.backward", (1,), 2, reached=2),
     killed("between two backward passes of step 4", "deepspeed:DeepSpeedEngine.backward", (0,), 1, reached=3, call=2),
-    killed("in the reduction of step 3's gradients", "torch.distributed:all_reduce", (1,), 2, reached=2, call=3),
+    killed("in the reduction of step 4's gradients", "deepspeed.comm:all_reduce", (1,), 2, reached=3, call=2),
     killed("in the reduction of step 4's gradients", "torch.distributed:reduce_scatter_tensor", (1,), 3, reached=3),
     killed("before step 3 of the optimiser", "torch.optim:AdamW.step", (0,), 2, reached=2),
     killed("in step 4 of the optimiser, one rank's part done", "torch.optim:AdamW.step", (1,), 3, reached=3),
