@@ -65,7 +65,7 @@ class Peers:
         """An error of this rank may be another's end, seen from here: then LostPeer takes its place."""
         if self.ranks > 1 and isinstance(error, RuntimeError):
             time.sleep(MISSED * BEAT)
-            if problem := self._lost(MISSED * BEAT - BEAT / 2):
+            if problem := self._lost((MISSED - 2) * BEAT):  # a rank's last sign may be heard a beat after its end
                 self.done.set()
                 raise LostPeer(problem) from error
         self.done.set()
