@@ -339,8 +339,8 @@ FAULTS: list[Fault] = [
     Fault("a rank stands still", "5 s in step 4", (at(FORWARD, "freeze", 5, reached=3),), (0,), 3, survives=True),
     Fault(
         "SIGTERM to the rank",
-        "in the last step",
-        (at(FORWARD, "send", ("SIGTERM", "rank"), reached=5),),
+        "in the last micro-step",
+        (at(FORWARD, "send", ("SIGTERM", "rank"), reached=5, call=2),),
         (1,),
         2,
         survives=True,
