@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 LAUNCHERS = Path(__file__).resolve().parents[1] / "launchers"
 LIBRARIES = (  # of a rank, before it has read its arguments or later
@@ -36,20 +37,29 @@ class Warm:
     def __init__(self):
         self.server = None
 
-    def run(
-        self, program: Sequence[str], folder: Path, environment: Mapping[str, str]
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a Python file with its arguments to its end."""
+    def begin(self, program: Sequence[str], folder: Path, environment: Mapping[str, str], said: Path) -> int:
+        """Begin a Python file with its arguments; its process, which leads a session. What it says goes into the files
+        stdout and stderr of the folder `said`. One at a time: `end` comes before the next."""
         if self.server is None:
             before = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             self.server = POPEN([sys.executable, __file__], env=before, **pipes)
+        request = {"program": list(program), "folder": str(folder), "environment": dict(environment), "said": str(said)}
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        return self._answer()
+
+    def end(self) -> int:
+        """Wait for the process that was begun; its exit code."""
+        return self._answer()
+
+    def run(
+        self, program: Sequence[str], folder: Path, environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a Python file with its arguments to its end."""
         with tempfile.TemporaryDirectory() as said:
-            request = {"program": list(program), "folder": str(folder), "environment": dict(environment), "said": said}
-            print(json.dumps(request), file=self.server.stdin, flush=True)
-            process = self._answer()
+            process = self.begin(program, folder, environment, Path(said))
             try:
-                code = self._answer()
+                code = self.end()
             except BaseException:  # the test's time is over, say
                 with suppress(ProcessLookupError):
                     os.killpg(process, signal.SIGKILL)
@@ -137,12 +147,13 @@ def become(words: Sequence[str], environment: Mapping[str, str]) -> None:
         os._exit(code)
 
 
-def begin(request: dict) -> int:
-    """Fork the process of a program, which leads a session of its own; its number."""
+def begin(request: dict, answers: TextIO) -> int:
+    """Fork the process of a program, which answers with its number once it leads a session of its own; its number."""
     process = os.fork()
     if process:
         return process
     os.setsid()
+    print(os.getpid(), file=answers)
     os.chdir(request["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -162,8 +173,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
-        process = begin(json.loads(line))
-        print(process, file=answers)
+        process = begin(json.loads(line), answers)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers)
 
 

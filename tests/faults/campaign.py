@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from tiny import write_records, write_tiny_model
+from warm import Warm, with_programs
 
 from faults.faults import FAULTS, Fault
 
@@ -71,49 +72,33 @@ class Outcome:
 
 
 class Deepspeed:
-    """The command `deepspeed`, in processes that need not import anything (see `warm`) or as a user has it."""
+    """The command `deepspeed` on two ranks, in processes that need not import anything (see `warm`) or as a user has
+    it."""
 
     def __init__(self):
         paths = (REPOSITORY, REPOSITORY / "kernels")
-        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
-        self.environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.warm = subprocess.Popen([sys.executable, HERE / "warm.py"], env=self.environment, **pipes)
-        self._answer("ready")
-
-    def _answer(self, what: str) -> object:
-        return json.loads(self.warm.stdout.readline())[what]
-
-    def close(self) -> None:
-        self.warm.stdin.close()
-        self.warm.wait()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
+        self.environment = with_programs(environment | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+        self.warm = Warm()
 
     def run(self, room: Path, arguments: list[object], variables: dict[str, str], cold: bool = False) -> Ended:
         """Run it in the folder `room`, until no process of it is left. One that does not end is ended."""
-        log = room.with_suffix(".log")  # beside it: the folder may be on a disk that is full
-        log.unlink(missing_ok=True)
-        words = ["--num_accelerators", "2", "--master_port", _free_port(), *map(str, arguments)]
-        began = time.monotonic()
-        if cold:
-            command = [Path(sys.executable).with_name("deepspeed"), *words]
-            with open(log, "w") as opened:
-                begun = subprocess.Popen(
-                    list(map(str, command)),
-                    cwd=room,
-                    env=self.environment | variables,
-                    stdout=opened,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            session = begun.pid
-        else:
-            request = {"arguments": words, "variables": variables, "folder": str(room), "log": str(log)}
-            print(json.dumps(request), file=self.warm.stdin, flush=True)
-            session = self._answer("process")
-        in_time = _wait_until_empty(session, began + LONGEST)
-        code = begun.wait() if cold else self._answer("code")
-        return Ended(code if in_time else None, log.read_text(errors="replace"), time.monotonic() - began)
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
+        command += ["--master_port", _free_port(), *map(str, arguments)]
+        environment, began = self.environment | variables, time.monotonic()
+        with tempfile.TemporaryDirectory() as said:
+            if cold:
+                with open(Path(said, "stdout"), "w") as out, open(Path(said, "stderr"), "w") as err:
+                    begun = subprocess.Popen(
+                        command, cwd=room, env=environment, stdout=out, stderr=err, start_new_session=True
+                    )
+                in_time = _wait_until_empty(begun.pid, began + LONGEST)
+                code = begun.wait()
+            else:
+                in_time = _wait_until_empty(self.warm.begin(command, room, environment, Path(said)), began + LONGEST)
+                code = self.warm.end()
+            told = "".join(Path(said, name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        return Ended(code if in_time else None, told, time.monotonic() - began)
 
 
 def _free_port() -> str:
@@ -154,7 +139,7 @@ class Campaign:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.deepspeed.close()
+        self.deepspeed.warm.close()
 
     def reference(self, stage: int) -> Path:
         """The run's folder that one leaves which nothing happens to, under this ZeRO stage."""
