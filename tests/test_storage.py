@@ -38,6 +38,7 @@ def test_no_folder_to_write_into(tmp_path):
 def test_a_sampled_checksum_sees_size_name_and_every_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "SAMPLE", 4)
     monkeypatch.setattr(storage, "SAMPLED_EVERY", 16)
+    monkeypatch.setattr(storage, "READ_WHOLE", 32)
     content = bytes(range(40))
 
     def of(content: bytes, name: str = "a.safetensors") -> str:
@@ -51,6 +52,7 @@ def test_a_sampled_checksum_sees_size_name_and_every_sample(tmp_path, monkeypatc
         return content[:place] + b"!" + content[place + 1 :]
 
     assert of(content) == of(content) == of(with_byte(4)) == of(with_byte(39)), "these lie between the samples"
+    assert of(content[:32]) != of(with_byte(4)[:32]), "a small file is read whole"
     others = [of(with_byte(place)) for place in (0, 3, 16, 19, 32, 35)]
     others += [of(content[:-1]), of(content, "b.safetensors"), of(content, "a.bin"), of(b"")]
     assert len({of(content), *others}) == 1 + len(others)

@@ -31,6 +31,7 @@ PASSWORD = re.compile(r"://[^/]*@")
 ADVICE = {
     "versions": "install the same versions on every machine",
     "data": "give every machine the same data files",
+    "base model": "give every machine the same one",
     "plan": "start every machine with the same arguments",
 }
 
@@ -141,7 +142,12 @@ class Report:
 
 
 def common_facts(
-    versions: Mapping[str, str], commit: str | None, plan: Plan, data: Prepared, checkpoint: Path | None
+    versions: Mapping[str, str],
+    commit: str | None,
+    plan: Plan,
+    data: Prepared,
+    base_weights: str,
+    checkpoint: Path | None,
 ) -> dict[str, dict[str, object]]:
     """What must be the same on every rank, or the ranks would wait for one another, or average unlike gradients.
 
@@ -159,6 +165,7 @@ def common_facts(
             "backend": plan.device.type,
             "checkpoint": checkpoint.name if checkpoint else "none",
         },
+        "base model": {"base weights with checksum": base_weights},
         "data": {
             "training data with checksum": data.checksum,
             "training samples": len(data.training),

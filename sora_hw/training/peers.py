@@ -85,7 +85,9 @@ class Peers:
             try:
                 self._tell(beats)
                 signs = self.store.multi_get(keys)
-            except RuntimeError:  # also what torch calls errors of the store and of the network
+            except dist.DistNetworkError:
+                return  # rank 0 has ended, and its store does not come back
+            except RuntimeError:  # what torch calls an answer that has not come in time, too
                 continue
             now = self.answered = time.monotonic()
             for rank, sign in enumerate(signs):

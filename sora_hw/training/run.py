@@ -119,7 +119,9 @@ def train(job: Job, console: Console) -> None:
     """
     settings = start(job.plan)
     known = facts(job.plan.device)
-    machines = agree(common_facts(known["versions"], known["git_commit"], job.plan, job.data, job.folder.checkpoint))
+    weights = job.fingerprint["base_weights"]
+    same = common_facts(known["versions"], known["git_commit"], job.plan, job.data, weights, job.folder.checkpoint)
+    machines = agree(same)
     if len(machines) > 1:
         console.print(where(machines))
     global_batch = job.plan.recipe.global_batch

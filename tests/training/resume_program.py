@@ -31,6 +31,7 @@ def adapter(folder: Path, *more: object) -> bytes:
 silence()
 whole = room / "whole"
 undisturbed = adapter(whole)
-again = [adapter(room / f"from-{step}", "--resume", whole / f"checkpoint-{step}") for step in range(1, steps)]
+again = [adapter(room / "before the first", "--resume")]
+again += [adapter(room / f"from-{step}", "--resume", whole / f"checkpoint-{step}") for step in range(1, steps)]
 print(f"{again.count(undisturbed)} of {len(again)}")
 leave()

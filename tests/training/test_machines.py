@@ -164,7 +164,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 def test_the_first_difference_is_told_in_one_line():
     def report(machine, versions=(), **plan):
-        return Report(machine, {"versions": dict(versions), "plan": plan, "data": {}})
+        return Report(machine, {"versions": dict(versions), "plan": plan, "data": {}, "base model": {}})
 
     new, old = {"transformers": "5.23.0"}, {"transformers": "5.20.0"}
     assert find_difference([report("a", new, seed=1), report("b", new, seed=1)]) is None
@@ -354,10 +354,30 @@ def test_another_seed_on_one_node(arguments, tmp_path):
     def report(machine, *more):
         request = parse(commonsense, [*map(str, arguments), "--output", str(tmp_path / "out"), *more])
         job = check(request, make_plan(request, commonsense))
-        return Report(machine, common_facts({}, None, job.plan, job.data, job.folder.checkpoint))
+        return Report(machine, common_facts({}, None, job.plan, job.data, job.fingerprint["base_weights"], None))
 
     line = find_difference([report("node-a"), report("node-b", "--seed", "7")])
     assert line == "rank 1 on node-b has seed 7, the rest 11: start every machine with the same arguments"
+
+
+def test_another_base_model_on_one_node(tmp_path, tiny_model, records_file):
+    """Of the same shapes, in the same folder of two machines."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    arguments = ["--backend", "cpu", "--model", model, "--train-data", records_file, "--validation-size", 0]
+    arguments += ["--output", tmp_path / "out"]
+
+    def report(machine):
+        request = parse(commonsense, [*map(str, arguments)])
+        job = check(request, make_plan(request, commonsense))
+        return Report(machine, common_facts({}, None, job.plan, job.data, job.fingerprint["base_weights"], None))
+
+    first, file = report("node-a"), model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    line = find_difference([first, report("node-b")])
+    assert re.fullmatch(
+        r"rank 1 on node-b has base weights with checksum \w+, the rest \w+: give every machine the same one", line
+    )
 
 
 def test_other_data_on_one_node(two_nodes, tmp_path, records_file):

@@ -75,4 +75,4 @@ def interrupt_at_every_step(warm, recipe, folder, steps, given):
     program = [Path(__file__).with_name("resume_program.py"), recipe, folder, steps, *given]
     done = warm.run(list(map(str, program)), folder, os.environ)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines()[-1] == f"{steps - 1} of {steps - 1}"
+    assert done.stdout.splitlines()[-1] == f"{steps} of {steps}"
