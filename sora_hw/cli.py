@@ -207,8 +207,9 @@ def generate(arguments: argparse.Namespace, console: Console) -> int:
     questions = arguments.questions or [sys.stdin.read()]
     told = Console(stderr=True)
     limit, model = arguments.max_new_tokens, arguments.model
+    show = console.print if sys.stdout.isatty() else print  # to a terminal a stranger's answer could be a command
     for answer in generate(arguments.folder, questions, arguments.backend, limit, told, model):
-        print(answer)
+        show(answer)
     return 0
 
 

@@ -4,11 +4,13 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
+from sora_hw import cli
 from sora_hw.errors import printable
 from sora_hw.terminal import Console
 
@@ -46,6 +48,22 @@ def test_styles_and_lines_are_kept():
 def test_a_text_is_printed_as_it_is(text):
     assert shown(text) == text + "\n"
     assert text in shown(grid(text))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_model_s_answer_is_no_command_to_the_terminal(monkeypatch, terminal):
+    """A file gets it as it is, tabs and all."""
+    file = io.StringIO()
+    file.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr("sora_hw.finished.generate.generate", lambda *given: [f"{CLEARING}\ttwo\n"])
+    asked = SimpleNamespace(questions=["?"], max_new_tokens=9, model=None, folder=None, backend="cpu")
+    assert cli.generate(asked, Console(file=file, width=99)) == 0
+    printed = file.getvalue()
+    if terminal:
+        assert r"\x1b[2J\x9b2J" in printed and printed.replace("\n", "").isprintable()
+    else:
+        assert printed == f"{CLEARING}\ttwo\n\n"
 
 
 def test_printable():
