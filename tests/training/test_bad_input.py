@@ -325,6 +325,25 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(good, interrupted, capfd,
     assert job.folder.passed_over == [f"out/checkpoint-8 is left out: {DAMAGE[file]}"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["run.json.part", "trainer_state.json", "loss.png", "adapter", "adapter.part", "tensorboard", "checkpoint-8"],
+)
+def test_a_run_s_folder_with_a_link_out_of_it(folder, good, interrupted, capfd, name):
+    """What the run writes by this name would land there."""
+    (folder / "mine").write_text("precious")
+    (interrupted / name).symlink_to(folder / "mine")
+    before = everything(folder)
+    assert f"{name} in it is a link" in refused([*good, "--resume"], capfd)
+    assert everything(folder) == before
+
+
+def test_a_run_goes_on_where_its_best_checkpoint_is(folder, good, interrupted, capfd):
+    write_checkpoint(interrupted / "checkpoint-8", best=4)
+    line = refused([*good, "--output", "other", "--resume", interrupted / "checkpoint-8"], capfd)
+    assert "with --keep-best a run goes on where its checkpoints are" in line
+
+
 def test_a_run_that_cannot_be_resumed_safely(folder, good, interrupted, capfd):
     checkpoint = interrupted / "checkpoint-4"
     (folder / "other").mkdir()
