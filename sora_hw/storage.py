@@ -21,7 +21,8 @@ def write_whole(file: Path, text: str) -> None:
     """
     aside = file.with_name(f"{file.name}.part")
     try:
-        with open(aside, "w", encoding="utf-8") as opened:
+        aside.unlink(missing_ok=True)  # it may be a link
+        with open(aside, "x", encoding="utf-8") as opened:
             opened.write(text)
             opened.flush()
             os.fsync(opened.fileno())

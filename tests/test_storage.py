@@ -16,6 +16,13 @@ def test_a_text_takes_the_place_of_another(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_link_by_the_name_that_it_is_written_by_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "file.part").symlink_to(tmp_path / "mine")
+    write_whole(tmp_path / "file", "text")
+    assert (tmp_path / "mine").read_text() == "precious" and not (tmp_path / "file").is_symlink()
+
+
 def test_a_full_disk_leaves_the_old_text(tmp_path, monkeypatch):
     write_whole(tmp_path / "file", "old")
 

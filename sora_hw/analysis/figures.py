@@ -7,6 +7,7 @@ Colours, names and order of the methods are told here once, for every picture of
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,13 +104,16 @@ def draw_all(series: Sequence[Series], folder: Path) -> list[Path]:
     files = []
     for task in dict.fromkeys(each.task for each in series):
         of_task = [each for each in series if each.task == task]
-        files += _draw(lambda of_task=of_task: entropy_by_layer(of_task), folder / f"entropy-by-layer-{task}")
-        files += _draw(lambda of_task=of_task: spectra_by_kind(of_task), folder / f"singular-values-{task}")
+        name = re.sub(r"[^\w-]", "_", task)  # out of a run's folder, which may be a stranger's
+        files += _draw(lambda of_task=of_task: entropy_by_layer(of_task), folder / f"entropy-by-layer-{name}")
+        files += _draw(lambda of_task=of_task: spectra_by_kind(of_task), folder / f"singular-values-{name}")
     return files + _draw(lambda: entropy_by_method(series), folder / "entropy-by-method")
 
 
 def _draw(make: Callable[[], Figure], path: Path) -> list[Path]:
     files = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
+    for file in files:
+        file.unlink(missing_ok=True)  # it may be a link
     with rc_context(_STYLE):
         figure = make()
         figure.savefig(files[0], dpi=150)

@@ -16,6 +16,7 @@ from sora_hw.recipes.recipe import FULL, Recipe
 from sora_hw.storage import checksum
 from sora_hw.training.base_model import check_model, find, load_model, load_tokenizer
 from sora_hw.training.objectives import objective_of
+from sora_hw.training.run_folder import MANIFEST
 from sora_hw.training.saving import ADAPTER_CONFIG, load_trained
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -49,11 +50,17 @@ def load(recipe: Recipe, run: FinishedRun | None, profile: Profile, device: torc
 
 
 def profile_for(run: FinishedRun | None, device: Device) -> Profile:
-    """How a model is held on `device`: as the run held it, where that was on a device of this type."""
+    """How a model is held on `device`: as the run held it, where that was on a device of this type.
+
+    Raises UserError where run.json does not say so as a run does.
+    """
     profile = choose("auto", device)
     trained_with = run.manifest.get("profile") if run and run.manifest.get("device") == device.type else None
     if isinstance(trained_with, dict):
-        profile = replace(profile, **{name: trained_with[name] for name in ("dtype", "four_bit")})
+        dtype, four_bit = trained_with.get("dtype"), trained_with.get("four_bit")
+        if dtype not in ("float32", "bfloat16") or not isinstance(four_bit, bool):
+            raise UserError(f"{run.path / MANIFEST} is damaged: its profile does not say how the model was held")
+        profile = replace(profile, dtype=dtype, four_bit=four_bit)
     return profile
 
 

@@ -107,8 +107,12 @@ def take_folder(folder: Path, model: Mapping[str, object], questions: Mapping[st
 
     model: what tells it from others, in JSON's types.
     questions: by the names of the `PredictionFile`s, what tells their questions from others.
-    Raises UserError, and changes nothing, where it holds predictions of another model or for other questions.
+    Raises UserError, and changes nothing, where it holds predictions of another model or for other questions, or a link
+    to elsewhere.
     """
+    for entry in (folder, *folder.rglob("*")):
+        if entry.is_symlink():
+            raise UserError(f"--output {folder}: {entry} is a link; predictions are written into no other folder")
     found, traces = _read_identity(folder), _traces(folder)
     if traces and found is None:
         raise UserError(

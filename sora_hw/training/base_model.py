@@ -33,6 +33,7 @@ from sora_hw.training.objectives import Objective
 
 SHIPPED = Path(recipes.__file__).parent / "models"  # the configurations of the paper's models, without their weights
 SAFE, PICKLED, INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"  # as transformers looks for weights
+DESCRIBED_IN = ("*.json", "*.txt", "*.model")  # configuration, vocabulary, merges, a tokenizer of SentencePiece
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -220,10 +221,10 @@ def _check_weights(base: BaseModel, shapes: Mapping[str, tuple[int, ...]]) -> No
 
 
 def identity(base: BaseModel) -> str:
-    """What tells the model's weights from others of the same shapes, which a run could not go on with: a checksum of
-    samples of their files; of a model on the hub, its commit."""
+    """What tells the model from others of the same shapes, which a run could not go on with: a checksum of samples of
+    the files of its weights, its configuration and its tokenizer; of a model on the hub, its commit."""
     if Path(base.source).is_dir():
-        return sampled_checksum(Path(base.source), "*.safetensors", "*.bin")
+        return sampled_checksum(Path(base.source), "*.safetensors", "*.bin", *DESCRIBED_IN)
     return str(getattr(base.config, "_commit_hash", None))
 
 

@@ -17,7 +17,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -29,6 +31,7 @@ from sora_hw.storage import check_regular, read_json, sync_folder, write_whole
 from sora_hw.training.divergence import check_finite
 
 SEAL, SCHEDULE, STATE = "checkpoint.json", "schedule.json", "trainer_state.json"
+STATES, RANDOM = "state-*.safetensors", "rng_state*.pth"
 VERSION = 1
 KEPT = 2  # of the newest: should the last one turn out to be damaged, there is another
 LARGEST_FILE = 4 * 2**30  # bytes of tensors that are held in memory until they are written
@@ -109,11 +112,18 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
 def reading_state(folder: Path) -> Iterator[Callable[[str], Tensor]]:
     """What gives a tensor of a checkpoint by its name; read when it is asked for."""
     with ExitStack() as opened:
-        files = [
-            opened.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob("state-*.safetensors"))
-        ]
+        files = [opened.enter_context(safe_open(file, framework="pt")) for file in sorted(folder.glob(STATES))]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (no dictionary)
         yield lambda name: where[name].get_tensor(name)
+
+
+def state_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a checkpoint."""
+    shapes = {}
+    for file in sorted(folder.glob(STATES)):
+        with safe_open(file, framework="pt") as opened:
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _seal(folder: Path) -> None:
@@ -142,8 +152,23 @@ def damage(checkpoint: Path) -> str | None:
     """Why there is nothing to go on from in the folder, in a few words, or None.
 
     Every file is read and compared with what it was when the checkpoint was written, so that one that was cut off,
-    changed or put there from another checkpoint is found.
+    changed or put there from another checkpoint is found. Where the run would end with an earlier checkpoint, the best
+    so far, that one must be whole as well.
     """
+    if reason := _damage_inside(checkpoint):
+        return reason
+    best = best_of(checkpoint)
+    reason = best and best != checkpoint and _damage_inside(best)
+    return f"{best.name}, the best so far: {reason}" if reason else None
+
+
+def best_of(checkpoint: Path) -> Path | None:
+    """The one with the lowest validation loss of a run that keeps it, as of a whole checkpoint, beside which it is."""
+    step = read_json(checkpoint / STATE).get("best_global_step")
+    return checkpoint.with_name(f"checkpoint-{step}") if step else None
+
+
+def _damage_inside(checkpoint: Path) -> str | None:
     if not (checkpoint / SEAL).is_file():
         return f"{SEAL} is missing"
     try:
@@ -157,10 +182,44 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if _sha256(file) != sha256:
                 return f"{name} is damaged"
-        step = read_json(checkpoint / STATE)["global_step"]
+        there = [file.name for pattern in (STATES, RANDOM) for file in checkpoint.glob(pattern)]
+        for name in (*there, "state-0.safetensors", SCHEDULE, STATE):  # what is gone on from
+            if name not in sums:
+                return f"{name} is none of its files"
+        if not any(fnmatch(name, RANDOM) for name in sums):
+            return "its random numbers are missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{SEAL} is damaged"
+    try:
+        state = read_json(checkpoint / STATE)
+        step, best, logged = state["global_step"], state.get("best_global_step"), list(state["log_history"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{STATE} is damaged"
+    if not (isinstance(step, int) and isinstance(best, int | None) and all(isinstance(each, dict) for each in logged)):
+        return f"{STATE} is damaged"
     return None if checkpoint.name == f"checkpoint-{step}" else f"it is that of step {step}"
+
+
+@contextmanager
+def going_on_from(checkpoint: Path) -> Iterator[None]:
+    """Its checksums tell what happened to a checkpoint, not what whoever wrote them has put there. Raises UserError for
+    what cannot be gone on from."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        SafetensorError,
+        TypeError,
+        UnpicklingError,
+        ValueError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, UnpicklingError):  # whose text says how to run what it holds
+            reason = "its random numbers are none, or hold a program"
+        raise UserError(f"{checkpoint} cannot be gone on from, though its checksums are right ({reason})") from None
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -5,7 +5,7 @@ whole in float32, with its two moments of Adam, so that any number of ranks and 
 what was there. Nothing of the base model is gathered.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -45,6 +45,15 @@ def read_engine(engine) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}/{moment}", engine.optimizer.state[parameter][moment]
             else:
                 yield f"{name}/{moment}", safe_get_full_optimizer_state(parameter, moment)
+
+
+def check_shapes(engine, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises KeyError or ValueError unless there is a weight and its moments for each trained parameter."""
+    for name, parameter in trained(engine.module):
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 holds a part of it
+        for tensor in (name, *(f"{name}/{moment}" for moment in MOMENTS)):
+            if shapes[tensor] != shape:
+                raise ValueError(f"{tensor} is of the shape {shapes[tensor]}, the model's is {shape}")
 
 
 def write_weights(engine, value: Callable[[str], Tensor]) -> None:

@@ -12,7 +12,7 @@ from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import FULL, RUN, Recipe
 from sora_hw.storage import read_json, write_whole
 from sora_hw.training.arguments import NEWEST, Request
-from sora_hw.training.checkpoints import STATE, checkpoints, clear, damage, delete, newest
+from sora_hw.training.checkpoints import STATE, best_of, checkpoints, clear, damage, delete, newest
 from sora_hw.training.plan import Plan
 
 MANIFEST, CURVE = "run.json", "loss.png"
@@ -77,6 +77,7 @@ def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> R
     """
     path = request.output or _default(request, plan)
     check_writable(path)
+    _check_links(path)
     traces = _traces(path)
     if request.resume in (None, NEWEST):
         if traces and not request.overwrite and not request.resume:
@@ -102,8 +103,13 @@ def open_folder(request: Request, plan: Plan, wanted: Mapping[str, object]) -> R
         if reason := damage(checkpoint):
             raise UserError(f"--resume {checkpoint}: no checkpoint to go on from ({reason})")
         _check_same(checkpoint.absolute().parent, wanted, "--resume")
-        if path.resolve() != checkpoint.resolve().parent and _traces(path):
+        elsewhere = path.resolve() != checkpoint.resolve().parent
+        if elsewhere and _traces(path):
             raise UserError(f"--output {path} already holds another run than --resume {checkpoint}; name a new folder")
+        if elsewhere and best_of(checkpoint):
+            raise UserError(
+                f"--output {path}: with --keep-best a run goes on where its checkpoints are, in {checkpoint.parent}"
+            )
     return RunFolder(path, checkpoint, passed_over)
 
 
@@ -124,6 +130,15 @@ def _traces(path: Path) -> list[Path]:
     """What a run has left in `path`."""
     named = [path / name for name in (MANIFEST, ADAPTER, MODEL, CURVE, STATE, EVENTS, *LATER)]
     return [entry for entry in named if entry.exists()] + checkpoints(path)
+
+
+def _check_links(path: Path) -> None:
+    """Raises UserError where a link in the folder would lead what the run writes elsewhere: a stranger's may."""
+    own = (MANIFEST, ADAPTER, MODEL, CURVE, STATE, EVENTS, *LATER)
+    for entry in path.glob("*"):
+        name = entry.name.removesuffix(".part").removesuffix(".old")
+        if entry.is_symlink() and (name in own or name.startswith("checkpoint-")):
+            raise UserError(f"--output {path}: {entry.name} in it is a link; a run writes only into its own folder")
 
 
 def check_writable(path: Path) -> None:

@@ -9,14 +9,26 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from sora_hw.devices.cpu import CPU
+from sora_hw.errors import UserError
 from sora_hw.recipes.recipe import Recipe
-from sora_hw.storage import write_whole
-from sora_hw.training.checkpoints import SCHEDULE, STATE, prune, reading_state, together, write_state, writing
+from sora_hw.storage import read_json, write_whole
+from sora_hw.training.checkpoints import (
+    SCHEDULE,
+    STATE,
+    damage,
+    going_on_from,
+    prune,
+    reading_state,
+    state_shapes,
+    together,
+    write_state,
+    writing,
+)
 from sora_hw.training.divergence import Diverged, explain
-from sora_hw.training.engine_state import read_engine, steps_taken, write_moments, write_weights
+from sora_hw.training.engine_state import check_shapes, read_engine, steps_taken, write_moments, write_weights
 from sora_hw.training.methods import optimiser
 from sora_hw.training.objectives import Objective
 from sora_hw.training.peers import Peers
@@ -99,6 +111,13 @@ class MethodTrainer(Trainer):
     ):
         super().__init__(**options)
         self.recipe, self.measure, self.stop, self.peers, self.ids = recipe, measure, stop, peers, ids
+        self.micro_steps = 0  # taken; the engine counts whole steps by this name
+
+    def train(self, resume_from_checkpoint: str | None = None, **options: object):
+        if resume_from_checkpoint is not None:
+            with going_on_from(Path(resume_from_checkpoint)):
+                TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE)))
+        return super().train(resume_from_checkpoint, **options)
 
     def compute_loss(
         self,
@@ -110,6 +129,7 @@ class MethodTrainer(Trainer):
         if return_outputs:  # of a validation
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.micro_steps += 1
         self.peers.step()
         found = torch.tensor([0, self.stop.asked()], device=loss.device)
         found[0] = ~torch.isfinite(loss.detach())
@@ -119,18 +139,35 @@ class MethodTrainer(Trainer):
             raise Diverged(explain(model, inputs, self._records(inputs), loss.detach(), self.state.global_step + 1))
         return loss
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.model_wrapped.skipped_steps:  # by DeepSpeed under ZeRO, on all ranks and without a word
+            raise Diverged(
+                f"the gradients of step {self.state.global_step + 1} are not finite, though its loss is: nothing was "
+                "learned from them, and no adapter was saved; try a smaller --learning-rate, more --warmup-steps, or "
+                "--dtype float32"
+            )
+        return loss
+
     def _records(self, inputs: dict[str, Tensor]) -> list[str]:
         """The ids of the records that this micro-batch of this rank holds: ranks take the micro-batches in turn."""
         size, micro_steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
-        taken = self.state.global_step * micro_steps + self.model_wrapped.micro_steps % micro_steps
+        taken = self.state.global_step * micro_steps + (self.micro_steps - 1) % micro_steps
         first = (taken * self.args.world_size + self.args.process_index) * size
         return [self.ids(place) for place in range(first, first + size)]
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
+        """Of what was measured between two checkpoints nothing is kept, so that it is not the best."""
+        saved = self.state.global_step % self.args.save_steps == 0 or self.state.global_step >= self.state.max_steps
+        return saved and super()._determine_best_metric(metrics, trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Takes the place of the Trainer's, which writes where a checkpoint is looked for, and DeepSpeed's pickles."""
         run, step = Path(self.args.output_dir), self.state.global_step
         best = run / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (self.state.best_global_step == step or best.exists()):
+        if self.state.best_global_step:
             self.state.best_model_checkpoint = str(best)
         engine = self.model_wrapped
         with writing(run / f"checkpoint-{step}") as aside:
@@ -150,18 +187,35 @@ class MethodTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # DeepSpeed has nothing to load
         if resume_from_checkpoint is not None:
-            engine, checkpoint = self.model_wrapped, Path(resume_from_checkpoint)
-            schedule = json.loads((checkpoint / SCHEDULE).read_text())
-            with reading_state(checkpoint) as value:
-                write_weights(engine, value)
-                write_moments(engine, value, schedule["optimiser_steps"])
-            self.lr_scheduler.load_state_dict(schedule["scheduler"])
-            for group, rate in zip(engine.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
+            self._go_on(Path(resume_from_checkpoint))
         return prepared
 
+    def _go_on(self, checkpoint: Path) -> None:
+        """From the weights, the moments and the schedule of a checkpoint. The best so far lies beside it, wherever the
+        run's folder was when that was written down."""
+        engine = self.model_wrapped
+        with going_on_from(checkpoint):  # no rank waits for another in it, which may be gone
+            check_shapes(engine, state_shapes(checkpoint))
+            schedule = read_json(checkpoint / SCHEDULE)
+            steps = int(float(schedule["optimiser_steps"]))
+            self.lr_scheduler.load_state_dict(schedule["scheduler"])
+        with reading_state(checkpoint) as value:
+            write_weights(engine, value)
+            write_moments(engine, value, steps)
+        for group, rate in zip(engine.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(checkpoint.with_name(f"checkpoint-{self.state.best_global_step}"))
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        with going_on_from(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
-        with reading_state(Path(self.state.best_model_checkpoint)) as value:
+        best = Path(self.state.best_model_checkpoint)
+        if reason := damage(best):
+            raise UserError(f"{best}, the best of the run, is no longer whole ({reason}): no adapter was saved")
+        with reading_state(best) as value:
             write_weights(self.model_wrapped, value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -13,7 +13,7 @@ from sora_hw.errors import UserError
 from sora_hw.evaluation import harness
 from sora_hw.evaluation.generation import GeneratedAnswers
 from sora_hw.evaluation.tasks import TASKS
-from sora_hw.finished.predictions import PredictionFile
+from sora_hw.finished.predictions import PredictionFile, take_folder
 from sora_hw.finished.scores import read_facts, read_scores
 from sora_hw.recipes import glue
 
@@ -220,6 +220,16 @@ def test_other_questions_are_another_scoring(tmp_path, embedded_run, questions, 
     code, _, err = score_here(*run, tmp_path)
     dist.destroy_process_group()
     assert code == 2 and "the questions of generation/AddSub were others; name another folder, or delete them" in err
+
+
+@pytest.mark.parametrize("name", ["", "generation", "generation/boolq.jsonl"])
+def test_a_link_in_a_stranger_s_folder_is_not_written_through(tmp_path, name):
+    link = tmp_path / "scores" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link"):
+        take_folder(tmp_path / "scores", {}, {}, overwrite=False)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_predictions_of_ranks_that_do_not_see_the_folder(tmp_path):

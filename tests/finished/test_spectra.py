@@ -219,6 +219,21 @@ def test_a_single_run_keeps_its_figures(tmp_path, llama, capsys):
     assert "(dense, known)" in capsys.readouterr().out
 
 
+def test_a_stranger_s_names_and_links_lead_nowhere_else(tmp_path, llama, capsys):
+    run = make_run(tmp_path / "run", llama, "lora")
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["recipe"]["name"] = "x/../../escaped"
+    (run / "run.json").write_text(json.dumps(manifest))
+    for name in ("entropy-by-layer-x", "singular-values-x"):  # or there would be no way through them
+        (run / name).mkdir()
+    (tmp_path / "mine").write_text("precious")
+    (run / "entropy-by-method.png").symlink_to(tmp_path / "mine")
+    outside = set(tmp_path.iterdir())
+    assert main(["spectrum", str(run)]) == 0, capsys.readouterr()
+    assert set(tmp_path.iterdir()) == outside and (tmp_path / "mine").read_text() == "precious"
+    assert not (run / "entropy-by-method.png").is_symlink()
+
+
 def refused(capsys, *arguments: object) -> str:
     """The one line of an error."""
     assert main(["spectrum", *map(str, arguments)]) == 2

@@ -170,6 +170,23 @@ def test_what_is_no_file_is_not_waited_for(run, refused, name, what):
     refused("sora-hw", "report", "run")
 
 
+@pytest.mark.parametrize(
+    "profile",
+    [
+        {},
+        {"dtype": "float32"},
+        {"dtype": 5, "four_bit": False},
+        {"dtype": ["float32"], "four_bit": False},
+        {"dtype": "load", "four_bit": False},
+        {"dtype": "float32", "four_bit": "no"},
+    ],
+)
+def test_a_profile_that_cannot_be(run, refused, profile):
+    (run / "run.json").write_text(json.dumps({**MANIFEST, "profile": profile}))
+    (run / "adapter").mkdir()
+    assert "run.json" in refused("sora-hw", "generate", "run", "a question?")
+
+
 EVIL = ["<script>alert(1)</script>", '" onload="alert(1)', "</svg></style></title><img src=x onerror=alert(1)>"]
 
 

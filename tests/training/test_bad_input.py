@@ -286,16 +286,33 @@ def test_a_checkpoint_of_another_recipe(folder, good, interrupted, records_file,
     assert everything(folder) == before
 
 
-def test_a_checkpoint_of_a_base_model_with_other_weights(folder, good, tiny_model, capfd):
+def other_weights(model):
+    changed = LlamaForCausalLM.from_pretrained(model)
+    changed.lm_head.weight.data[0] += 1
+    changed.save_pretrained(model)
+
+
+def other_configuration(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+
+
+def other_tokenizer(model):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_configuration, other_tokenizer])
+def test_a_checkpoint_of_a_base_model_that_has_changed(folder, good, tiny_model, capfd, change):
     shutil.copytree(tiny_model, folder / "model")
     given = [*good, "--model", "model"]
     request = parse(commonsense, given)
     job = check(request, make_plan(request, commonsense))
     write_checkpoint(folder / "out" / "checkpoint-4")
     job.folder.write_manifest({"fingerprint": job.fingerprint})
-    model = LlamaForCausalLM.from_pretrained(folder / "model")
-    model.lm_head.weight.data[0] += 1
-    model.save_pretrained(folder / "model")
+    change(folder / "model")
     assert "its base_weights is " in refused([*given, "--resume"], capfd)
 
 
@@ -323,6 +340,25 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(good, interrupted, capfd,
     job = check(request, make_plan(request, commonsense))
     assert job.folder.checkpoint.name == "checkpoint-4"
     assert job.folder.passed_over == [f"out/checkpoint-8 is left out: {DAMAGE[file]}"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["run.json.part", "trainer_state.json", "loss.png", "adapter", "adapter.part", "tensorboard", "checkpoint-8"],
+)
+def test_a_run_s_folder_with_a_link_out_of_it(folder, good, interrupted, capfd, name):
+    """What the run writes by this name would land there."""
+    (folder / "mine").write_text("precious")
+    (interrupted / name).symlink_to(folder / "mine")
+    before = everything(folder)
+    assert f"{name} in it is a link" in refused([*good, "--resume"], capfd)
+    assert everything(folder) == before
+
+
+def test_a_run_goes_on_where_its_best_checkpoint_is(folder, good, interrupted, capfd):
+    write_checkpoint(interrupted / "checkpoint-8", best=4)
+    line = refused([*good, "--output", "other", "--resume", interrupted / "checkpoint-8"], capfd)
+    assert "with --keep-best a run goes on where its checkpoints are" in line
 
 
 def test_a_run_that_cannot_be_resumed_safely(folder, good, interrupted, capfd):

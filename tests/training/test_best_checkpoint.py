@@ -1,6 +1,7 @@
 """--keep-best ends with the adapter of the lowest validation loss, not with the last one."""
 
 import json
+import shutil
 
 import torch
 from safetensors.torch import load_file
@@ -44,3 +45,26 @@ def test_the_best_adapter_is_kept(tmp_path, tiny_model, train):
     assert kept.keys() == wanted.keys()
     assert all(torch.equal(kept[name], wanted[name]) for name in kept)
     assert not all(torch.equal(kept[name], last[name]) for name in kept)
+    moved = run.folder.rename(tmp_path / "moved")  # and ended by force when all but the adapter was there
+    shutil.rmtree(moved / "adapter")
+    again = train(
+        moved, 0, "--keep-best", "--resume", *data, *steps, "--warmup-steps", 2, "--validation-size", HELD_OUT
+    )
+    assert again.manifest["resumed_from"].endswith("checkpoint-4")
+    found = load_file(moved / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_best_is_one_that_was_saved(tmp_path, tiny_model, records_file, train):
+    """Where validations are more frequent than checkpoints, and the lowest loss lies between two of them."""
+    data = ["--model", tiny_model, "--train-data", records_file, "--validation-size", 6, "--keep-best"]
+    steps = ["--max-steps", 7, "--save-steps", 2, "--eval-steps", 1, "--global-batch", 8]
+    run = train(tmp_path / "run", 0, *data, *steps, "--learning-rate", 0.02, "--warmup-steps", 1)
+    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+    validation = {}
+    for entry in history:
+        if "eval_loss" in entry:
+            validation.setdefault(entry["step"], entry["eval_loss"])
+    saved = [step for step in validation if step in (2, 4, 6, 7)]
+    assert min(validation, key=validation.get) not in saved
+    assert run.manifest["results"]["validation_loss"] == min(validation[step] for step in saved)

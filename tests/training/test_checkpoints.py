@@ -1,12 +1,13 @@
 """Checkpoints on the disk: which one a run goes on from, what a damaged one says of itself, and which are deleted."""
 
+import json
 import os
 import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
-from sealed import write_checkpoint
+from sealed import seal, write_checkpoint
 
 from sora_hw.errors import UserError
 from sora_hw.storage import write_whole
@@ -83,6 +84,69 @@ def test_what_was_done_to_it_is_said(tmp_path, file, harm, reason):
     assert damage(checkpoint).startswith(reason)
 
 
+@pytest.mark.parametrize("name", ["state-1.safetensors", "rng_state_1.pth"])
+def test_a_file_that_was_put_in_beside_its_own(tmp_path, name):
+    """What is read by its name would take the place of what was saved."""
+    checkpoint, other = (write_checkpoint(tmp_path / f"checkpoint-{step}") for step in (4, 2))
+    shutil.copy(other / "state-0.safetensors", checkpoint / name)
+    assert newest(tmp_path) == (other, [f"{checkpoint} is left out: {name} is none of its files"])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("state-0.safetensors", "state-0.safetensors is none of its files"),
+        ("schedule.json", "schedule.json is none of its files"),
+        ("trainer_state.json", "trainer_state.json is none of its files"),
+        ("rng_state.pth", "its random numbers are missing"),
+    ],
+)
+def test_a_seal_of_less_than_a_checkpoint(tmp_path, name, reason):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-4")
+    (checkpoint / name).unlink()
+    seal(checkpoint)
+    assert damage(checkpoint) == reason
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        [],
+        {"global_step": 4},
+        {"global_step": "4", "log_history": []},
+        {"global_step": 4, "log_history": 7},
+        {"global_step": 4, "log_history": [7]},
+        {"global_step": 4, "log_history": [], "best_global_step": "../x"},
+    ],
+)
+def test_a_sealed_state_that_cannot_be(tmp_path, state):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-4")
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    seal(checkpoint)
+    assert damage(checkpoint) == "trainer_state.json is damaged"
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (cut, "state-0.safetensors is damaged"),
+        (flip, "state-0.safetensors is damaged"),
+        (os.unlink, "state-0.safetens"),
+    ],
+)
+def test_the_best_must_be_whole_too(tmp_path, harm, reason):
+    """A run that ends with the best so far would end with something else, or not at all."""
+    for step in (2, 4, 6):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", best=2 if step < 6 else 6)
+    assert newest(tmp_path) == (tmp_path / "checkpoint-6", [])
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    assert newest(tmp_path) == (tmp_path / "checkpoint-4", [])
+    harm(tmp_path / "checkpoint-2" / "state-0.safetensors")
+    assert damage(tmp_path / "checkpoint-4").startswith(f"checkpoint-2, the best so far: {reason}")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert damage(tmp_path / "checkpoint-4") == "checkpoint-2, the best so far: checkpoint.json is missing"
+
+
 def test_one_under_another_name(tmp_path):
     write_checkpoint(tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-8")
     assert damage(tmp_path / "checkpoint-8") == "it is that of step 4"
@@ -118,7 +182,9 @@ def test_it_is_there_when_it_is_whole(tmp_path, alone, monkeypatch):
     tensors = {f"layer.{number}": torch.randn(3, 4) for number in range(5)}
     with writing(tmp_path / "checkpoint-4") as aside:
         write_state(aside, tensors.items())
-        (aside / "trainer_state.json").write_text('{"global_step": 4}')
+        (aside / "trainer_state.json").write_text('{"global_step": 4, "log_history": []}')
+        for name in ("schedule.json", "rng_state.pth"):
+            (aside / name).touch()
         assert newest(tmp_path) == (None, [])
     assert newest(tmp_path) == (tmp_path / "checkpoint-4", [])
     assert len(list((tmp_path / "checkpoint-4").glob("state-*.safetensors"))) == 5

@@ -32,13 +32,16 @@ def files(tmp_path, tiny_model):
     return ["--model", model, "--train-data", tmp_path / "records.jsonl"]
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.full)])
-def test_it_names_step_rank_layer_and_record(tmp_path, files, launch, stage):
-    place = sample_order(24, 24, 0).index(BAD)
+@pytest.mark.parametrize(
+    ("stage", "seed", "micro_step"), [(2, 0, 1), (2, 9, 0), pytest.param(3, 0, 1, marks=pytest.mark.full)]
+)
+def test_it_names_step_rank_layer_and_record(tmp_path, files, launch, stage, seed, micro_step):
+    place = sample_order(24, 24, seed).index(BAD)
     step, rank = place // BATCH + 1, place // MICRO % RANKS
-    assert step > 1, "there is something to go on from"
+    assert place // MICRO // RANKS % 2 == micro_step
+    assert step == 2, "there is something to go on from"
     folder = tmp_path / "run"
-    sizes = ["--global-batch", BATCH, "--micro-batch", MICRO, "--max-steps", 3, "--save-steps", 1, "--seed", 0]
+    sizes = ["--global-batch", BATCH, "--micro-batch", MICRO, "--max-steps", 3, "--save-steps", 1, "--seed", seed]
     done = launch(2, "--output", folder, *files, *sizes, "--validation-size", 0, "--zero-stage", stage)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -50,6 +53,18 @@ def test_it_names_step_rank_layer_and_record(tmp_path, files, launch, stage):
     assert (folder / f"checkpoint-{step - 1}").exists() and not (folder / "adapter").exists()
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, step)), "how it went is kept"
+
+
+def test_gradients_that_are_not_finite_end_a_run_too(tmp_path, tiny_model, records_file, launch):
+    """Of a finite loss: so large a scale stands before a zero."""
+    folder = tmp_path / "run"
+    data = ["--model", tiny_model, "--train-data", records_file, "--validation-size", 0]
+    sizes = ["--global-batch", 8, "--max-steps", 2, "--save-steps", 1, "--method", "lora", "--alpha", 1e38]
+    done = launch(0, "--output", folder, *data, *sizes)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and line.startswith("error: the gradients of step 1 are not finite, though its loss is")
+    assert json.loads((folder / "run.json").read_text())["status"] == "diverged"
+    assert not [entry for entry in folder.iterdir() if entry.name.startswith(("adapter", "checkpoint-"))]
 
 
 class Layers(nn.Module):

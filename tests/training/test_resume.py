@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from sealed import seal
 
 ARGUMENTS = [
     *("--max-steps", 8, "--save-steps", 4, "--global-batch", 8, "--micro-batch", 4, "--warmup-steps", 2),
@@ -30,6 +33,36 @@ def test_resumed_losses_and_adapter_are_identical(tmp_path, tiny_model, records_
     weights = "adapter/adapter_model.safetensors"
     assert (again.folder / weights).read_bytes() == (whole.folder / weights).read_bytes()
     assert again.manifest["resumed_from"].endswith("checkpoint-4") and whole.manifest["resumed_from"] is None
+
+
+def test_what_a_stranger_has_sealed(tmp_path, tiny_model, records_file, train, launch):
+    """The checksums are right, and still it is no checkpoint: one line, and nothing in it runs."""
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    given = ["--model", tiny_model, "--train-data", records_file, *ARGUMENTS, "--max-steps", 2, "--save-steps", 1]
+    run = train(tmp_path / "run", 0, *given)
+    shutil.rmtree(run.folder / "checkpoint-2")
+    checkpoint = run.folder / "checkpoint-1"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    harm = {
+        "rng_state.pth": lambda file: torch.save({"cpu": Payload()}, file),
+        "state-0.safetensors": lambda file: save_file({"weight": torch.ones(1)}, file),
+        "schedule.json": lambda file: file.write_text("[]"),
+        "trainer_state.json": lambda file: file.write_text(json.dumps({**state, "more": 1})),
+    }
+    for name, spoil in harm.items():
+        content = (checkpoint / name).read_bytes()
+        spoil(checkpoint / name)
+        seal(checkpoint)
+        done = launch(0, "--output", run.folder, *given, "--resume")
+        told = [line for line in done.stderr.splitlines() if "WARNING" not in line]
+        assert done.returncode == 2 and len(told) == 1 and "weights_only" not in told[0], done.stderr
+        assert "checkpoint-1 cannot be gone on from, though its checksums are right" in told[0]
+        (checkpoint / name).write_bytes(content)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_other_ranks_and_another_stage_go_on(tmp_path, tiny_model, records_file, train):
