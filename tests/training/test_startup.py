@@ -180,6 +180,7 @@ class TestTheModel:
         for name in ("start", "agree", "training_arguments", "load_model"):
             note(name)
         monkeypatch.setattr(run.dist, "get_rank", lambda: 0)
+        monkeypatch.setattr(run.dist, "get_world_size", lambda: 1)
         with pytest.raises(KeyboardInterrupt):
             run.train(job, None)
         assert order == ["start", "agree", "training_arguments", "load_model"]
