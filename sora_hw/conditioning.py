@@ -137,7 +137,7 @@ def linear_map(
         pull_back: `W0^T q`; called only for a rotation before a magnitude, without gradient.
     """
     dtype = torch.promote_types(parameters["B"].dtype, torch.float32)
-    p = {name: value.to(dtype) for name, value in parameters.items()}
+    p = {name: value if value.dtype == dtype else value.to(dtype) for name, value in parameters.items()}
     c, b, reads = None, p["B"], []
 
     if conditioning.pre == "diagonal":

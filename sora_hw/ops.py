@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import entry_points
 from typing import Literal, NamedTuple, get_args
 
@@ -217,7 +218,7 @@ def _(weight, norm_squared, scale, b, a):
 @torch.library.register_fake("sora_hw::taylor_rotation")
 def _(b, c, e, scale, turns_b, bounded, eps):
     (out, r), rp = b.shape, c.shape[1]
-    return b.new_empty(out, r + 2 * rp), b.new_empty(2 * rp, out), b.new_empty(2 * rp * r * turns_b + 2)
+    return b.new_empty(out, r + 2 * rp), b.new_empty(2 * rp, out), b.new_empty((2 * rp * r if turns_b else 0) + 2)
 
 
 @torch.library.register_fake("sora_hw::taylor_rotation_backward")
@@ -251,18 +252,28 @@ def empty_gradients(
 
     What is not asked for has no elements. The gradient of `base` is not computed without a `scale`: it is `grad`.
     """
-    nothing = grad.new_empty(0)
     return (
-        grad.new_empty(grad.shape) if need_base and scale is not None else nothing,
+        grad.new_empty(grad.shape if need_base and scale is not None else 0),
         torch.empty_like(z),
         b.new_empty(b.shape),
-        nothing.clone() if scale is None else scale.new_empty(scale.shape),
-        nothing.clone() if bias is None else bias.new_empty(bias.shape),
+        grad.new_empty(0) if scale is None else scale.new_empty(scale.shape),
+        grad.new_empty(0) if bias is None else bias.new_empty(bias.shape),
     )
 
 
 def _product(x: Tensor, a: Tensor) -> Tensor:
-    return (a @ x.reshape(-1, x.shape[-1]).t()).t().unflatten(0, x.shape[:-1])
+    return (a @ x.reshape(-1, x.shape[-1]).t()).t().view(*x.shape[:-1], a.shape[0])
+
+
+def _differentiable_once(backward):
+    """`once_differentiable`, but for what it costs where no gradient of the gradient is being asked for."""
+    guarded = once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx, *gradients):
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return checked
 
 
 # The gradients are written as `torch.autograd.Function`, not registered with the operators: a layer costs a handful of
@@ -274,7 +285,7 @@ class _SkinnyProduct(torch.autograd.Function):
         return _product(x, a)
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, dz):
         x, a = ctx.saved_tensors
         dx = torch.matmul(dz, a) if ctx.needs_input_grad[0] else None
@@ -287,7 +298,7 @@ class _LowRankInput(torch.autograd.Function):
     def forward(ctx, x, a, scaling, dropout, q, weight, value):
         ctx.scaling, ctx.mask_scale = scaling, 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
         dropped, mask = torch.ops.sora_hw.dropout(x, dropout) if dropout else (x, None)
-        own = (scaling * a).to(x.dtype)
+        own = torch.mul(a, scaling, out=x.new_empty(a.shape))
         read = None if value is None else value.to(x.dtype)
         if read is None:
             z = _product(dropped, own)
@@ -302,7 +313,7 @@ class _LowRankInput(torch.autograd.Function):
         return x.view_as(x), z
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, dx, dz):
         if dz is None:
             return dx, None, None, None, None, None, None
@@ -344,12 +355,12 @@ class _ScaleRankUpdate(torch.autograd.Function):
         saved = z if scale is None else y if keep == "output" else base
         # One more tensor for every other way: if a recomputation under gradient checkpointing kept something else than
         # its forward pass, torch notices it by the number of tensors and raises an error.
-        marks = [base.new_empty(0)] * _WAYS_TO_KEEP.index(keep)
+        marks = [base.new_empty(0) for _ in range(_WAYS_TO_KEEP.index(keep))]
         ctx.save_for_backward(saved, scale, z, b, bias, *marks)
         return y
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, grad):
         saved, scale, z, b, bias, *_ = ctx.saved_tensors
         base_shape, z_shape = ctx.shapes
@@ -379,7 +390,7 @@ class _TaylorRotation(torch.autograd.Function):
         return turned, q_t.t()
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx, dturned, dq):
         *inputs, sums = ctx.saved_tensors
         db, dc, de, dscale = torch.ops.sora_hw.taylor_rotation_backward(dturned, dq.t(), *inputs, sums, *ctx.options)

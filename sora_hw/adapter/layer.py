@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from sora_hw.adapter.starting import STARTS, principal_part
 from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, linear_map
 
 PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_C", "post_E", "magnitude")
+_ATTRIBUTES = {name: f"conditioned_{name}" for name in PARAMETER_NAMES}
 
 
 class LowRankPath(NamedTuple):
@@ -43,7 +44,7 @@ class LowRankPath(NamedTuple):
     def output(self, base: Tensor) -> Tensor:
         """The layer's output under this adapter from `base`, the base layer's output with its bias."""
         c, b, q = self.linear
-        z = self.z.to(base.dtype)
+        z = self.z if self.z.dtype == base.dtype else self.z.to(base.dtype)
         with without_autocast(base.device.type):
             if self.reads_output:
                 z = torch.cat([z, ops.skinny_product(base, q.t())], dim=-1)
@@ -66,7 +67,7 @@ class ConditionedLinear(nn.Module, Merges):
     """
 
     sample_dims = 1  # dimensions of an input without a batch
-    adapter_layer_names = tuple(f"conditioned_{name}" for name in PARAMETER_NAMES)
+    adapter_layer_names = tuple(_ATTRIBUTES.values())
     other_param_names = ("r", "scaling", "conditioning", "conditions_bias", "conditioned_dropout", "kept_products")
 
     def __init__(
@@ -201,7 +202,7 @@ class ConditionedLinear(nn.Module, Merges):
     def adapter_parameters(self, adapter_name: str) -> dict[str, Tensor]:
         """The adapter's parameters by their names in `Conditioning.parameter_shapes`."""
         names = self.conditioning[adapter_name].parameter_names
-        return {name: getattr(self, f"conditioned_{name}")[adapter_name] for name in names}
+        return {name: getattr(self, _ATTRIBUTES[name])[adapter_name] for name in names}
 
     def cast_adapter_to_base_dtype(self, adapter_name: str) -> None:
         """Store the adapter in the base weight's dtype, where that is a floating dtype."""
@@ -325,13 +326,8 @@ class ConditionedLinear(nn.Module, Merges):
     def _linear_map(self, adapter_name: str, p: dict[str, Tensor], weight: Tensor | None = None) -> LinearMap:
         """The coefficients of an adapter with parameters `p`, on the base weight or on the `weight` (out, in) given."""
 
-        @contextmanager
-        def the_weight() -> Iterator[Tensor]:
-            if weight is not None:
-                yield weight
-            else:
-                with self._base_weight() as base:
-                    yield base
+        def the_weight() -> AbstractContextManager[Tensor]:
+            return self._base_weight() if weight is None else nullcontext(weight)
 
         def row_norm(c: Tensor | None, b: Tensor, a: Tensor) -> Tensor:
             with the_weight() as w:

@@ -1,9 +1,12 @@
 """The coefficients of a first-order rotation: two launches forward and two backward."""
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from sora_hw_kernels.cuda.launch import launch
+from sora_hw_kernels.cuda.launch import Launch
 from sora_hw_kernels.reference import rotation as reference
 from sora_hw_kernels.triton_kernels.inputs import rank_tile
 from sora_hw_kernels.triton_kernels.rotation import (
@@ -32,6 +35,31 @@ def sums_tiles(rank: int) -> dict[str, int]:
     return {**tiles(rank), "TILE_O": SUMS_ROWS}
 
 
+class Launches(NamedTuple):
+    """The two launches of one pass, and the rows that a program of the second takes."""
+
+    sums: Launch
+    rows: Launch
+    tile: int
+
+
+@cache
+def forward_launches(rank: int, turns_b: bool, scale: bool, bounded: bool) -> Launches:
+    return _launches(forward_sums_kernel, forward_kernel, rank, turns_b, scale, bounded)
+
+
+@cache
+def backward_launches(rank: int, turns_b: bool, scale: bool, bounded: bool) -> Launches:
+    return _launches(backward_sums_kernel, backward_kernel, rank, turns_b, scale, bounded)
+
+
+def _launches(sums_kernel, rows_kernel, rank: int, turns_b: bool, scale: bool, bounded: bool) -> Launches:
+    tile = tiles(rank)
+    flags = {"TURNS_B": turns_b, "HAS_SCALE": scale, "BOUNDED": bounded, "PARTS": PARTS}
+    sums = Launch(sums_kernel, TURNS_B=turns_b, **sums_tiles(rank))
+    return Launches(sums, Launch(rows_kernel, **flags, **tile), tile["TILE_O"])
+
+
 def _taken(b: Tensor, *others: Tensor | None) -> bool:
     tensors = [b, *(t for t in others if t is not None)]
     return b.shape[1] <= LARGEST_RANK and all(t.dtype == torch.float32 for t in tensors)
@@ -48,30 +76,9 @@ def forward(
     columns = 2 * rp * r * turns_b + 2
     parts, sums = b.new_empty(PARTS, columns), b.new_empty(columns)
     turned, q_t = b.new_empty(out, r + 2 * rp), b.new_empty(2 * rp, out)
-    tile = tiles(r)
-    launch(forward_sums_kernel, PARTS, b, c, e, parts, out, r, rp, columns, TURNS_B=turns_b, **sums_tiles(r))
-    launch(
-        forward_kernel,
-        -(-out // tile["TILE_O"]),
-        b,
-        c,
-        e,
-        scale,
-        parts,
-        turned,
-        q_t,
-        sums,
-        eps,
-        out,
-        r,
-        rp,
-        columns,
-        TURNS_B=turns_b,
-        HAS_SCALE=scale is not None,
-        BOUNDED=bounded,
-        PARTS=PARTS,
-        **tile,
-    )
+    launches = forward_launches(r, turns_b, scale is not None, bounded)
+    launches.sums(PARTS, (b, c, e, parts), (out, r, rp, columns))
+    launches.rows(-(-out // launches.tile), (b, c, e, scale, parts, turned, q_t, sums), (eps, out, r, rp, columns))
     return turned, q_t, sums
 
 
@@ -96,32 +103,11 @@ def backward(
     parts = b.new_empty(PARTS, columns)
     db, dc, de = torch.empty_like(b), torch.empty_like(c), torch.empty_like(e)
     dscale = b.new_empty(0 if scale is None else out)
-    tile = tiles(r)
-    launch(backward_sums_kernel, PARTS, dturned, c, e, parts, out, r, rp, columns, TURNS_B=turns_b, **sums_tiles(r))
-    launch(
-        backward_kernel,
-        -(-out // tile["TILE_O"]),
-        dturned,
-        dq_t,
-        b,
-        c,
-        e,
-        scale,
-        sums,
-        parts,
-        db,
-        dc,
-        de,
-        dscale,
-        eps,
-        out,
-        r,
-        rp,
-        columns,
-        TURNS_B=turns_b,
-        HAS_SCALE=scale is not None,
-        BOUNDED=bounded,
-        PARTS=PARTS,
-        **tile,
+    launches = backward_launches(r, turns_b, scale is not None, bounded)
+    launches.sums(PARTS, (dturned, c, e, parts), (out, r, rp, columns))
+    launches.rows(
+        -(-out // launches.tile),
+        (dturned, dq_t, b, c, e, scale, sums, parts, db, dc, de, dscale),
+        (eps, out, r, rp, columns),
     )
     return db, dc, de, dscale

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sora_hw_kernels.cuda.launch import Tiles, launch
+from sora_hw_kernels.cuda.launch import Launch, Tiles
 from sora_hw_kernels.cuda.scale_rank import STEPS, precision
 from sora_hw_kernels.reference import row_norm as reference
 from sora_hw_kernels.triton_kernels.inputs import RANK_TILES, rank_tile, taken
@@ -30,28 +30,24 @@ def factored_row_norm(weight: Tensor, norm_squared: Tensor, scale: Tensor | None
     a, b = a.contiguous(), b.contiguous()
     norm = torch.empty_like(norm_squared)
     tiles = row_norm_tiles(rank, weight.dtype)
-    launch(
-        row_norm_kernel,
+    row_norm_launch(rank, weight.dtype, scale is not None)(
         -(-features // tiles.rows),
-        weight,
-        norm_squared,
-        scale,
-        b,
-        a,
-        b @ (a @ a.t()),
-        norm,
-        features,
-        inputs,
-        rank,
-        *weight.stride(),
-        *a.stride(),
-        STEPS,
-        HAS_SCALE=scale is not None,
-        PRECISION=precision(weight.dtype),
+        (weight, norm_squared, scale, b, a, b @ (a @ a.t()), norm),
+        (features, inputs, rank, *weight.stride(), *a.stride(), STEPS),
+    )
+    return norm
+
+
+@cache
+def row_norm_launch(rank: int, dtype: torch.dtype, scale: bool) -> Launch:
+    tiles = row_norm_tiles(rank, dtype)
+    return Launch(
+        row_norm_kernel,
+        tiles.warps,
+        tiles.stages,
+        HAS_SCALE=scale,
+        PRECISION=precision(dtype),
         TILE_O=tiles.rows,
         TILE_I=tiles.features,
         TILE_R=tiles.rank,
-        warps=tiles.warps,
-        stages=tiles.stages,
     )
-    return norm

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sora_hw.ops import empty_gradients
-from sora_hw_kernels.cuda.launch import Tiles, launch
+from sora_hw_kernels.cuda.launch import Launch, Tiles
 from sora_hw_kernels.reference import scale_rank as reference
 from sora_hw_kernels.triton_kernels.inputs import rank_tile, taken, with_unit_columns
 from sora_hw_kernels.triton_kernels.scale_rank import backward_kernel, forward_kernel, sums_kernel
@@ -52,6 +52,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """The vendor's product of half operands, not rounded to half: the gradient of `scale` is a difference with it."""
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 def forward(base: Tensor, scale: Tensor | None, z: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """(N, out); see `sora_hw.ops.scale_rank_update`."""
     if not taken(base, scale, bias):
@@ -82,35 +87,29 @@ def _update(
     if y.numel() == 0:
         return y
     tiles = forward_tiles(rank, base.dtype)
-    launch(
-        forward_kernel,
+    forward_launch(rank, base.dtype, scale is not None, bias is not None, mask is not None)(
         -(-rows // tiles.rows) * -(-features // tiles.features),
-        base,
-        scale,
-        z,
-        b,
-        bias,
-        mask,
-        y,
-        mask_scale,
-        rows,
-        features,
-        rank,
-        base.stride(0),
-        *z.stride(),
-        *b.stride(),
-        STEPS,
-        HAS_SCALE=scale is not None,
-        HAS_BIAS=bias is not None,
-        HAS_MASK=mask is not None,
-        PRECISION=precision(base.dtype),
+        (base, scale, z, b, bias, mask, y),
+        (mask_scale, rows, features, rank, base.stride(0), *z.stride(), *b.stride(), STEPS),
+    )
+    return y
+
+
+@cache
+def forward_launch(rank: int, dtype: torch.dtype, scale: bool, bias: bool, mask: bool) -> Launch:
+    tiles = forward_tiles(rank, dtype)
+    return Launch(
+        forward_kernel,
+        tiles.warps,
+        tiles.stages,
+        HAS_SCALE=scale,
+        HAS_BIAS=bias,
+        HAS_MASK=mask,
+        PRECISION=precision(dtype),
         TILE_N=tiles.rows,
         TILE_O=tiles.features,
         TILE_R=tiles.rank,
-        warps=tiles.warps,
-        stages=tiles.stages,
     )
-    return y
 
 
 def backward(
@@ -136,7 +135,7 @@ def backward(
     in_one_read = z.shape[1] <= LARGEST_ONE_READ_RANK
     if not in_one_read:
         torch.mm(grad, b.to(grad.dtype), out=dz)
-        db.copy_(grad.t() @ z)
+        db.copy_(float32_product(grad.t(), z))
     if in_one_read or scale is not None or bias is not None:
         _sums(grad, saved, scale, z, b, bias, gradients, saved_base, need_base, in_one_read)
     return gradients
@@ -171,60 +170,50 @@ def _sums(
             (bias is not None, (chunks, features)),
         )
     ]
-    launch(
-        backward_kernel,
+    has_scale, has_bias = scale is not None, bias is not None
+    backward_launch(rank, grad.dtype, with_rank, has_scale, has_bias, need_base, saved_base)(
         tiles_o * chunks,
-        grad,
-        saved,
-        scale,
-        z,
-        b,
-        bias,
-        dbase,
-        *parts,
-        rows,
-        features,
-        rank,
-        chunk,
-        grad.stride(0),
-        saved.stride(0),
-        *z.stride(),
-        STEPS,
+        (grad, saved, scale, z, b, bias, dbase, *parts),
+        (rows, features, rank, chunk, grad.stride(0), saved.stride(0), *z.stride(), STEPS),
+    )
+    row_programs = -(-rows // SUMS_TILE) if with_rank else 0
+    sums_launch(rank, with_rank, has_scale, has_bias, saved_base)(
+        row_programs + -(-features // SUMS_TILE),
+        (dz, db, dscale, dbias, *parts, scale, b),
+        (rows, features, rank, tiles_o, chunks, row_programs, *dz.stride()),
+    )
+
+
+@cache
+def backward_launch(
+    rank: int, dtype: torch.dtype, with_rank: bool, scale: bool, bias: bool, need_base: bool, saved_base: bool
+) -> Launch:
+    tiles = backward_tiles(rank, dtype)
+    return Launch(
+        backward_kernel,
+        tiles.warps,
+        tiles.stages,
         HAS_RANK=with_rank,
-        HAS_SCALE=scale is not None,
+        HAS_SCALE=scale,
         NEED_BASE=need_base,
-        SUBTRACT_BIAS=bias is not None and not saved_base,
-        SUM_GRAD=bias is not None,
-        PRECISION=precision(grad.dtype),
+        SUBTRACT_BIAS=bias and not saved_base,
+        SUM_GRAD=bias,
+        PRECISION=precision(dtype),
         TILE_N=tiles.rows,
         TILE_O=tiles.features,
         TILE_R=tiles.rank,
-        warps=tiles.warps,
-        stages=tiles.stages,
     )
-    row_programs = -(-rows // SUMS_TILE) if with_rank else 0
-    launch(
+
+
+@cache
+def sums_launch(rank: int, with_rank: bool, scale: bool, bias: bool, saved_base: bool) -> Launch:
+    return Launch(
         sums_kernel,
-        row_programs + -(-features // SUMS_TILE),
-        dz,
-        db,
-        dscale,
-        dbias,
-        *parts,
-        scale,
-        b,
-        rows,
-        features,
-        rank,
-        tiles_o,
-        chunks,
-        row_programs,
-        *dz.stride(),
-        HAS_RANK=with_rank,
-        HAS_SCALE=scale is not None,
-        SUBTRACT_RANK=not saved_base,
-        SUM_GRAD=bias is not None,
-        TILE=SUMS_TILE,
-        TILE_R=tiles.rank,
         warps=4,
+        HAS_RANK=with_rank,
+        HAS_SCALE=scale,
+        SUBTRACT_RANK=not saved_base,
+        SUM_GRAD=bias,
+        TILE=SUMS_TILE,
+        TILE_R=rank_tile(rank, largest=LARGEST_ONE_READ_RANK),
     )
