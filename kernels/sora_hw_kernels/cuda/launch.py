@@ -16,6 +16,7 @@ class Tiles:
         rank: columns of the rank dimension in a tile.
         warps: warps a program.
         stages: depth of the software pipeline of loads.
+        registers: the most that a thread may take, where the compiler would take more and leave too few programs.
     """
 
     rows: int
@@ -23,6 +24,7 @@ class Tiles:
     rank: int
     warps: int
     stages: int = 1
+    registers: int | None = None
 
 
 def on_device_of(t: Tensor):
@@ -34,16 +36,25 @@ def on_device_of(t: Tensor):
 _compiled: dict[tuple, tuple] = {}
 
 
-def launch(kernel, programs: int, *args: Tensor | float | None, warps: int, stages: int = 1, **constants) -> None:
+def launch(
+    kernel,
+    programs: int,
+    *args: Tensor | float | None,
+    warps: int,
+    stages: int = 1,
+    registers: int | None = None,
+    **constants,
+) -> None:
     """`kernel[(programs,)](*args, **constants)` on the device of the first argument, a tensor.
 
     Triton's own call looks each argument over to find the variant of the kernel, 20 us for the kernels here: as long as
     a small one runs, and there are half a dozen in a layer. This one looks at the same facts, in 5 us.
     """
     with on_device_of(args[0]):
-        key = (kernel, args[0].device, warps, stages, *constants.values(), *map(_kind, args))
+        key = (kernel, args[0].device, warps, stages, registers, *constants.values(), *map(_kind, args))
         if key not in _compiled:
-            compiled = kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+            options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+            compiled = kernel[(programs,)](*args, **constants, **options)
             if compiled is not None:  # as it is in the interpreter
                 _compiled[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
             return

@@ -19,20 +19,24 @@ from sora_hw_kernels.triton_kernels.scale_rank import backward_kernel, forward_k
 # Up to this rank one read of the gradient gives every sum. Beyond it the partial sums of `dz`, 4 R / 256 bytes beside
 # the 2 of each element of the gradient, written and read, cost more than the vendor's products, which read it again.
 LARGEST_ONE_READ_RANK = 32
-# Programs of one backward launch, one for each of the 128 or 132 multiprocessors of an RTX 4090 or an H100: every chunk
-# of rows adds partial sums of `db`, so there should be no more of them than keep the card busy.
-_BACKWARD_PROGRAMS = 132
+# Programs of one launch on the 128 multiprocessors of an RTX 4090 or the 132 of an H100. In the forward pass a program
+# keeps its tile of `b` for a chunk of rows; the more programs, the evener their end. In the backward pass every chunk of
+# rows adds partial sums of `db`: no more of them than keep the card busy.
+FORWARD_PROGRAMS = 1056
+BACKWARD_PROGRAMS = 132
 # The kernels walk over several tiles on devices that start a program a core; here each takes one.
 STEPS = 1
-# Rows, or features, whose partial sums one program adds up.
-SUMS_TILE = 16
+# What one program adds up: numbers of `dz`, in so many of its parts at once, or features in so many chunks at once.
+SUMS = {"PARTS": 32, "ELEMENTS": 128, "AT_ONCE": 8, "TILE": 16}
 
 
 @cache
 def forward_tiles(rank: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the forward kernel; larger ranks are walked through in tiles of 32."""
-    rows, warps = (32, 8) if dtype == torch.float32 else (64, 4)
-    return Tiles(rows=rows, features=128, rank=rank_tile(rank, largest=32), warps=warps)
+    rows, tile = 32 if dtype == torch.float32 else 64, rank_tile(rank, largest=32)
+    # Two programs a multiprocessor. In a walk through tiles of the rank that would spill, and there is no pipeline.
+    stages, registers = (3, 128) if rank <= tile else (1, None)
+    return Tiles(rows=rows, features=128, rank=tile, warps=8, stages=stages, registers=registers)
 
 
 @cache
@@ -41,7 +45,13 @@ def backward_tiles(rank: int, dtype: torch.dtype) -> Tiles:
     tile = rank_tile(rank, largest=LARGEST_ONE_READ_RANK)
     if dtype == torch.float32:
         return Tiles(rows=16, features=64, rank=tile, warps=8)
-    return Tiles(rows=64, features=128, rank=tile, warps=4)
+    return Tiles(rows=64, features=128, rank=tile, warps=8, stages=3)
+
+
+def chunk_of(rows: int, features: int, tiles: Tiles, programs: int) -> int:
+    """Rows of a chunk, whole tiles of them, that gives about as many programs, one for each tile of features in it."""
+    chunks = -(-programs // -(-features // tiles.features))
+    return tiles.rows * -(-rows // (tiles.rows * chunks))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -82,9 +92,10 @@ def _update(
     if y.numel() == 0:
         return y
     tiles = forward_tiles(rank, base.dtype)
+    chunk = chunk_of(rows, features, tiles, FORWARD_PROGRAMS)
     launch(
         forward_kernel,
-        -(-rows // tiles.rows) * -(-features // tiles.features),
+        -(-rows // chunk) * -(-features // tiles.features),
         base,
         scale,
         z,
@@ -96,6 +107,7 @@ def _update(
         rows,
         features,
         rank,
+        chunk,
         base.stride(0),
         *z.stride(),
         *b.stride(),
@@ -103,12 +115,14 @@ def _update(
         HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None,
+        ONE_RANK_TILE=rank <= tiles.rank,
         PRECISION=precision(base.dtype),
         TILE_N=tiles.rows,
         TILE_O=tiles.features,
         TILE_R=tiles.rank,
+        STAGES=tiles.stages,
         warps=tiles.warps,
-        stages=tiles.stages,
+        registers=tiles.registers,
     )
     return y
 
@@ -159,8 +173,7 @@ def _sums(
     (rows, features), rank = grad.shape, z.shape[1]
     tiles = backward_tiles(rank, grad.dtype)
     tiles_o = -(-features // tiles.features)
-    row_tiles = -(-rows // tiles.rows)
-    chunk = tiles.rows * -(-row_tiles // -(-_BACKWARD_PROGRAMS // tiles_o))
+    chunk = chunk_of(rows, features, tiles, BACKWARD_PROGRAMS)
     chunks = -(-rows // chunk)
     parts = [
         torch.empty(shape, dtype=torch.float32, device=grad.device) if wanted else None
@@ -199,13 +212,14 @@ def _sums(
         TILE_N=tiles.rows,
         TILE_O=tiles.features,
         TILE_R=tiles.rank,
+        STAGES=tiles.stages,
         warps=tiles.warps,
-        stages=tiles.stages,
+        registers=tiles.registers,
     )
-    row_programs = -(-rows // SUMS_TILE) if with_rank else 0
+    dz_programs = -(-dz.numel() // SUMS["ELEMENTS"]) if with_rank else 0
     launch(
         sums_kernel,
-        row_programs + -(-features // SUMS_TILE),
+        dz_programs + -(-features // SUMS["TILE"]),
         dz,
         db,
         dscale,
@@ -218,13 +232,13 @@ def _sums(
         rank,
         tiles_o,
         chunks,
-        row_programs,
+        dz_programs,
         *dz.stride(),
         HAS_RANK=with_rank,
         HAS_SCALE=scale is not None,
         SUBTRACT_RANK=not saved_base,
         SUM_GRAD=bias is not None,
-        TILE=SUMS_TILE,
+        **SUMS,
         TILE_R=tiles.rank,
         warps=4,
     )
