@@ -20,8 +20,8 @@ from sora_hw_kernels.triton_kernels.scale_rank import backward_kernel, forward_k
 # the 2 of each element of the gradient, written and read, cost more than the vendor's products, which read it again.
 LARGEST_ONE_READ_RANK = 32
 # Programs of one launch on the 128 multiprocessors of an RTX 4090 or the 132 of an H100. In the forward pass a program
-# keeps its tile of `b` for a chunk of rows; the more programs, the evener their end. In the backward pass every chunk of
-# rows adds partial sums of `db`: no more of them than keep the card busy.
+# keeps its tile of `b` for a chunk of rows; the more programs, the evener their end. In the backward pass every chunk
+# adds partial sums of `db`: no more of them than keep the card busy.
 FORWARD_PROGRAMS = 1056
 BACKWARD_PROGRAMS = 132
 # The kernels walk over several tiles on devices that start a program a core; here each takes one.
