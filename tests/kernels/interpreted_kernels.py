@@ -30,6 +30,13 @@ else:
 
     LARGEST_KERNEL_RANK = scale_rank.LARGEST_ONE_READ_RANK
 
+    @pytest.fixture(autouse=True)
+    def few_programs(monkeypatch):
+        """So few that a program has several tiles of rows to walk through, as on a card that is full."""
+        monkeypatch.setattr(scale_rank, "FORWARD_PROGRAMS", 4)
+        monkeypatch.setattr(scale_rank, "BACKWARD_PROGRAMS", 4)
+
+
 # New memory is filled with NaN then: what no program writes, and is read all the same, shows.
 torch.use_deterministic_algorithms(True)
 

@@ -32,8 +32,7 @@ FLAGS = {
     rotation.backward_kernel: ("TURNS_B", "HAS_SCALE", "BOUNDED"),
 }
 # Bytes a thread that may spill.
-SPILLED_BYTES = {}
-SPILLED_BYTES[scale_rank.sums_kernel, torch.float32] = 8  # by Triton 3.6
+SPILLED_BYTES = {(scale_rank.sums_kernel, torch.float32): 8}  # by Triton 3.6
 # What a launch passes None for where the flag is off: the compiler refuses a load from it.
 ABSENT = {
     "HAS_RANK": ("dz_parts", "db_parts"),
