@@ -34,6 +34,12 @@ else:
         """A processor's has no form with half operands and a float32 result."""
         monkeypatch.setattr(scale_rank, "float32_product", lambda a, b: a.float() @ b.float())
 
+    @pytest.fixture(autouse=True)
+    def few_programs(monkeypatch):
+        """So few that a program has several tiles of rows to walk through, as on a card that is full."""
+        monkeypatch.setattr(scale_rank, "FORWARD_PROGRAMS", 4)
+        monkeypatch.setattr(scale_rank, "BACKWARD_PROGRAMS", 4)
+
 
 # New memory is filled with NaN then: what no program writes, and is read all the same, shows.
 torch.use_deterministic_algorithms(True)

@@ -16,32 +16,41 @@ from sora_hw_kernels.reference import scale_rank as reference
 from sora_hw_kernels.triton_kernels.inputs import rank_tile, taken, with_unit_columns
 from sora_hw_kernels.triton_kernels.scale_rank import backward_kernel, forward_kernel, sums_kernel
 
-# Up to this rank one read of the gradient gives every sum. Beyond it the partial sums of `dz`, 4 R / 256 bytes beside
-# the 2 of each element of the gradient, written and read, cost more than the vendor's products, which read it again.
+# Up to this rank one read of the gradient gives every sum. Beyond it the partial sums of `dz`, R / 16 bytes beside the
+# 2 of each element of the gradient, written and read, cost more than the vendor's products, which read it again.
 LARGEST_ONE_READ_RANK = 32
-# Programs of one backward launch, one for each of the 128 or 132 multiprocessors of an RTX 4090 or an H100: every chunk
-# of rows adds partial sums of `db`, so there should be no more of them than keep the card busy.
-_BACKWARD_PROGRAMS = 132
+# Programs of one launch on the 128 multiprocessors of an RTX 4090 or the 132 of an H100. In the forward pass a program
+# keeps its tile of `b` for a chunk of rows. In the backward pass every chunk adds partial sums of `db`: no more of them
+# than keep the card busy.
+FORWARD_PROGRAMS = 264
+BACKWARD_PROGRAMS = 132
 # The kernels walk over several tiles on devices that start a program a core; here each takes one.
 STEPS = 1
-# Rows, or features, whose partial sums one program adds up.
-SUMS_TILE = 16
+# What one program adds up: numbers of `dz`, in so many of its parts at once, or features in so many chunks at once.
+SUMS = {"PARTS": 32, "ELEMENTS": 32, "AT_ONCE": 8, "TILE": 4}
+SUMS_WARPS = 1
 
 
 @cache
 def forward_tiles(rank: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of the forward kernel; larger ranks are walked through in tiles of 32."""
-    rows, warps = (32, 8) if dtype == torch.float32 else (64, 4)
-    return Tiles(rows=rows, features=128, rank=rank_tile(rank, largest=32), warps=warps)
+    """Tiles of the forward kernel; larger ranks are walked through in tiles of 32, without a pipeline of loads."""
+    rows, tile = 32 if dtype == torch.float32 else 64, rank_tile(rank, largest=32)
+    return Tiles(rows=rows, features=64, rank=tile, warps=4, stages=3 if rank <= tile else 1)
 
 
 @cache
 def backward_tiles(rank: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of the backward kernel: for half rows large, since every tile of features adds a partial sum of `dz`."""
+    """Tiles of the backward kernel."""
     tile = rank_tile(rank, largest=LARGEST_ONE_READ_RANK)
     if dtype == torch.float32:
         return Tiles(rows=16, features=64, rank=tile, warps=8)
-    return Tiles(rows=64, features=128, rank=tile, warps=4)
+    return Tiles(rows=64, features=64, rank=tile, warps=4, stages=3)
+
+
+def chunk_of(rows: int, features: int, tiles: Tiles, programs: int) -> int:
+    """Rows of a chunk, whole tiles of them, that gives about as many programs, one for each tile of features in it."""
+    chunks = -(-programs // -(-features // tiles.features))
+    return tiles.rows * -(-rows // (tiles.rows * chunks))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -87,10 +96,11 @@ def _update(
     if y.numel() == 0:
         return y
     tiles = forward_tiles(rank, base.dtype)
+    chunk = chunk_of(rows, features, tiles, FORWARD_PROGRAMS)
     forward_launch(rank, base.dtype, scale is not None, bias is not None, mask is not None)(
-        -(-rows // tiles.rows) * -(-features // tiles.features),
+        -(-rows // chunk) * -(-features // tiles.features),
         (base, scale, z, b, bias, mask, y),
-        (mask_scale, rows, features, rank, base.stride(0), *z.stride(), *b.stride(), STEPS),
+        (mask_scale, rows, features, rank, chunk, base.stride(0), *z.stride(), *b.stride(), STEPS),
     )
     return y
 
@@ -101,14 +111,15 @@ def forward_launch(rank: int, dtype: torch.dtype, scale: bool, bias: bool, mask:
     return Launch(
         forward_kernel,
         tiles.warps,
-        tiles.stages,
         HAS_SCALE=scale,
         HAS_BIAS=bias,
         HAS_MASK=mask,
+        ONE_RANK_TILE=rank <= tiles.rank,
         PRECISION=precision(dtype),
         TILE_N=tiles.rows,
         TILE_O=tiles.features,
         TILE_R=tiles.rank,
+        STAGES=tiles.stages,
     )
 
 
@@ -158,8 +169,7 @@ def _sums(
     (rows, features), rank = grad.shape, z.shape[1]
     tiles = backward_tiles(rank, grad.dtype)
     tiles_o = -(-features // tiles.features)
-    row_tiles = -(-rows // tiles.rows)
-    chunk = tiles.rows * -(-row_tiles // -(-_BACKWARD_PROGRAMS // tiles_o))
+    chunk = chunk_of(rows, features, tiles, BACKWARD_PROGRAMS)
     chunks = -(-rows // chunk)
     parts = [
         torch.empty(shape, dtype=torch.float32, device=grad.device) if wanted else None
@@ -176,11 +186,11 @@ def _sums(
         (grad, saved, scale, z, b, bias, dbase, *parts),
         (rows, features, rank, chunk, grad.stride(0), saved.stride(0), *z.stride(), STEPS),
     )
-    row_programs = -(-rows // SUMS_TILE) if with_rank else 0
+    dz_programs = -(-dz.numel() // SUMS["ELEMENTS"]) if with_rank else 0
     sums_launch(rank, with_rank, has_scale, has_bias, saved_base)(
-        row_programs + -(-features // SUMS_TILE),
+        dz_programs + -(-features // SUMS["TILE"]),
         (dz, db, dscale, dbias, *parts, scale, b),
-        (rows, features, rank, tiles_o, chunks, row_programs, *dz.stride()),
+        (rows, features, rank, tiles_o, chunks, dz_programs, *dz.stride()),
     )
 
 
@@ -192,7 +202,6 @@ def backward_launch(
     return Launch(
         backward_kernel,
         tiles.warps,
-        tiles.stages,
         HAS_RANK=with_rank,
         HAS_SCALE=scale,
         NEED_BASE=need_base,
@@ -202,6 +211,7 @@ def backward_launch(
         TILE_N=tiles.rows,
         TILE_O=tiles.features,
         TILE_R=tiles.rank,
+        STAGES=tiles.stages,
     )
 
 
@@ -209,11 +219,11 @@ def backward_launch(
 def sums_launch(rank: int, with_rank: bool, scale: bool, bias: bool, saved_base: bool) -> Launch:
     return Launch(
         sums_kernel,
-        warps=4,
+        SUMS_WARPS,
         HAS_RANK=with_rank,
         HAS_SCALE=scale,
         SUBTRACT_RANK=not saved_base,
         SUM_GRAD=bias,
-        TILE=SUMS_TILE,
+        **SUMS,
         TILE_R=rank_tile(rank, largest=LARGEST_ONE_READ_RANK),
     )

@@ -65,6 +65,7 @@ def _update(
             rows,
             features,
             rank,
+            tiles.rows,
             base.stride(0),
             *z.stride(),
             b.stride(1),
@@ -73,10 +74,12 @@ def _update(
             HAS_SCALE=scale is not None,
             HAS_BIAS=bias is not None,
             HAS_MASK=mask is not None,
+            ONE_RANK_TILE=rank <= tiles.rank,
             PRECISION=PRECISION,
             TILE_N=tiles.rows,
             TILE_O=tiles.features,
             TILE_R=tiles.rank,
+            STAGES=1,
         )
     return y
 
@@ -162,5 +165,6 @@ def _column_sums(
             TILE_N=tiles.rows,
             TILE_O=tiles.features,
             TILE_R=tiles.rank,
+            STAGES=1,
         )
     return tuple(None if parts is None else parts[:chunks].sum(0) for parts in (product_parts, grad_parts))
