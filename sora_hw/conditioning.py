@@ -165,6 +165,15 @@ def linear_map(
     return LinearMap(c, b, q)
 
 
+def diagonal(conditioning: Conditioning, parameters: Parameters) -> Tensor | None:
+    """The `c` of `linear_map`, (out,), without the rest of it, of a conditioning without a magnitude; None for one."""
+    dtype, c = torch.promote_types(parameters["B"].dtype, torch.float32), None
+    for place, transformation in (("pre", conditioning.pre), ("post", conditioning.post)):
+        if transformation == "diagonal":
+            c = _scaled(c, 1 + parameters[f"{place}_delta"].to(dtype))
+    return c
+
+
 def conditioned_weight(weight: Tensor, linear: LinearMap, a: Tensor, scaling: float) -> Tensor:
     """The dense `W' = c W0 + B' [s A; Q^T W0]`, (out, in): for merging and analysis, in the dtype of the coefficients.
 

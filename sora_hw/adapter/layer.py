@@ -18,7 +18,7 @@ from sora_hw.adapter.keeping import Keeping, look_after_steps
 from sora_hw.adapter.merging import Merges
 from sora_hw.adapter.mixed_batches import samples_of
 from sora_hw.adapter.starting import STARTS, principal_part
-from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, linear_map
+from sora_hw.conditioning import Conditioning, LinearMap, conditioned_bias, diagonal, linear_map
 
 PARAMETER_NAMES = ("A", "B", "pre_delta", "post_delta", "pre_C", "pre_E", "post_C", "post_E", "magnitude")
 _ATTRIBUTES = {name: f"conditioned_{name}" for name in PARAMETER_NAMES}
@@ -307,7 +307,8 @@ class ConditionedLinear(nn.Module, Merges):
             reads_weight = self.conditioning[name].post == "magnitude"
             if trained and here and (self._weight_is_readable() or not reads_weight):
                 with torch.no_grad():
-                    yield name, self._linear_map(name, p).c, p.values()
+                    c = self._linear_map(name, p).c if reads_weight else diagonal(self.conditioning[name], p)
+                    yield name, c, p.values()
 
     def _missing_bias(self, adapter_name: str, linear: LinearMap, reads_output: bool) -> Tensor | None:
         """What the update must add so that the result has the bias it should, (out,), or None.

@@ -35,9 +35,9 @@ class Model(nn.Module):
         return self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
 
 
-def adapted(method, in_place=False, checkpointed=None, dtype=torch.float32):
+def adapted(method, in_place=False, checkpointed=None, dtype=torch.float32, **options):
     model = Model(in_place, checkpointed).to(dtype)
-    config = {"r": 4, "dropout": 0.0, "init_weights": False, "target_modules": ["up", "down"]}
+    config = {"r": 4, "dropout": 0.0, "init_weights": False, "target_modules": ["up", "down"], **options}
     torch.manual_seed(1)
     return get_peft_model(model, sora_hw.ConditionedConfig(method=method, **config))
 
@@ -104,6 +104,21 @@ def test_a_step_that_makes_a_scale_small_is_noticed():
     torch.optim.SGD([delta], lr=1.0).step()
     assert layer.keeping.has_small_scale["default"]
     assert kept(layer, torch.randn(50, 24)) == {"other"}
+
+
+@pytest.mark.parametrize(
+    ("pre", "post"),
+    [("diagonal", "none"), ("diagonal", "diagonal"), ("rotation", "diagonal"), ("diagonal", "rotation")],
+)
+def test_the_smallest_scale_after_a_step_is_that_of_the_diagonals(pre, post, monkeypatch):
+    model = adapted(None, pre=pre, post=post)
+    seen = {}
+    monkeypatch.setattr(keeping.Keeping, "saw", lambda self, name, smallest, parameters: seen.update({self: smallest}))
+    steps(model, 1)
+    for layer in (model.base_model.model.up, model.base_model.model.down):
+        p = layer.adapter_parameters("default")
+        factors = [1 + p[name].detach().double() for name in ("pre_delta", "post_delta") if name in p]
+        assert abs(seen[layer.keeping] - torch.stack(factors).prod(0).abs().min()) < 1e-6
 
 
 def test_a_step_on_shards_is_noticed_though_address_and_version_stay(monkeypatch):
