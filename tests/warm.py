@@ -60,6 +60,8 @@ class Warm:
         except BaseException:  # the test's time is over, say
             with suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)
+            if self.server:
+                self.server.kill()  # it may be waiting for another program
             self.close()
             raise
 
