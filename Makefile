@@ -12,7 +12,7 @@ test: setup
 
 test-full: setup
 	@ci/lint
-	@ci/test
+	@ci/test --cov --cov-report=term # what the tests cover costs half as much again, so only here
 	@ci/ascend
 	@ci/peft -n 2
 	@ci/audit || [ $$? = 3 ] # where the list of vulnerabilities can be reached

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -39,32 +39,38 @@ class Warm:
 
     def begin(self, program: Sequence[str], folder: Path, environment: Mapping[str, str], said: Path) -> int:
         """Begin a Python file with its arguments; its process, which leads a session. What it says goes into the files
-        stdout and stderr of the folder `said`. One at a time: `end` comes before the next."""
+        stdout and stderr of the folder `said`."""
         if self.server is None:
             before = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             self.server = POPEN([sys.executable, __file__], env=before, **pipes)
         request = {"program": list(program), "folder": str(folder), "environment": dict(environment), "said": str(said)}
-        print(json.dumps(request), file=self.server.stdin, flush=True)
-        return self._answer()
+        return self._ask(request)
 
-    def end(self) -> int:
-        """Wait for the process that was begun; its exit code."""
-        return self._answer()
+    def end(self, process: int) -> int:
+        """Wait for a process that was begun; its exit code."""
+        return self._ask({"end": process})
+
+    @contextmanager
+    def begun(self, program: Sequence[str], folder: Path, environment: Mapping[str, str], said: Path) -> Iterator[int]:
+        """What `begin` begins, for a block that ends it; where the block fails, no process of it is left."""
+        process = self.begin(program, folder, environment, said)
+        try:
+            yield process
+        except BaseException:  # the test's time is over, say
+            with suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+            if self.server:
+                self.server.kill()  # it may be waiting for another program
+            self.close()
+            raise
 
     def run(
         self, program: Sequence[str], folder: Path, environment: Mapping[str, str]
     ) -> subprocess.CompletedProcess[str]:
         """Run a Python file with its arguments to its end."""
-        with tempfile.TemporaryDirectory() as said:
-            process = self.begin(program, folder, environment, Path(said))
-            try:
-                code = self.end()
-            except BaseException:  # the test's time is over, say
-                with suppress(ProcessLookupError):
-                    os.killpg(process, signal.SIGKILL)
-                self.close()
-                raise
+        with tempfile.TemporaryDirectory() as said, self.begun(program, folder, environment, Path(said)) as process:
+            code = self.end(process)
             told = [Path(said, name).read_text(errors="replace") for name in ("stdout", "stderr")]
             return subprocess.CompletedProcess(program, code, *told)
 
@@ -74,7 +80,8 @@ class Warm:
         """The same on several ranks of DeepSpeed's launcher."""
         return self.run([*by_deepspeed(ranks), *program], folder, with_programs(environment))
 
-    def _answer(self) -> int:
+    def _ask(self, request: dict) -> int:
+        print(json.dumps(request), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
     def close(self) -> None:
@@ -147,11 +154,10 @@ def become(words: Sequence[str], environment: Mapping[str, str]) -> None:
         os._exit(code)
 
 
-def begin(request: dict, answers: TextIO) -> int:
-    """Fork the process of a program, which answers with its number once it leads a session of its own; its number."""
-    process = os.fork()
-    if process:
-        return process
+def begin(request: dict, answers: TextIO) -> None:
+    """Fork the process of a program, which answers with its number once it leads a session of its own."""
+    if os.fork():
+        return
     os.setsid()
     print(os.getpid(), file=answers)
     os.chdir(request["folder"])
@@ -159,7 +165,7 @@ def begin(request: dict, answers: TextIO) -> int:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(request["said"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  (as long as the process)
-    return become(request["program"], request["environment"])
+    become(request["program"], request["environment"])
 
 
 def serve() -> None:
@@ -173,8 +179,11 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
-        process = begin(json.loads(line), answers)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers)
+        request = json.loads(line)
+        if "end" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["end"], 0)[1]), file=answers)
+        else:
+            begin(request, answers)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,11 +75,11 @@ class Deepspeed:
     """The command `deepspeed` on two ranks, in processes that need not import anything (see `warm`) or as a user has
     it."""
 
-    def __init__(self):
+    def __init__(self, warm: Warm):
         paths = (REPOSITORY, REPOSITORY / "kernels")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
         self.environment = with_programs(environment | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
-        self.warm = Warm()
+        self.warm = warm
 
     def run(self, room: Path, arguments: list[object], variables: dict[str, str], cold: bool = False) -> Ended:
         """Run it in the folder `room`, until no process of it is left. One that does not end is ended."""
@@ -95,8 +95,9 @@ class Deepspeed:
                 in_time = _wait_until_empty(begun.pid, began + LONGEST)
                 code = begun.wait()
             else:
-                in_time = _wait_until_empty(self.warm.begin(command, room, environment, Path(said)), began + LONGEST)
-                code = self.warm.end()
+                process = self.warm.begin(command, room, environment, Path(said))
+                in_time = _wait_until_empty(process, began + LONGEST)
+                code = self.warm.end(process)
             told = "".join(Path(said, name).read_text(errors="replace") for name in ("stdout", "stderr"))
         return Ended(code if in_time else None, told, time.monotonic() - began)
 
@@ -129,17 +130,11 @@ def _lives_in(process: psutil.Process, session: int) -> bool:
 class Campaign:
     """The faults, one after the other, each in a folder of its own with the model, the data and the run."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.deepspeed = folder, Deepspeed()
+    def __init__(self, folder: Path, warm: Warm):
+        self.folder, self.deepspeed = folder, Deepspeed(warm)
         write_tiny_model(folder / "model")
         write_records(folder / "records.jsonl")
         self.undisturbed: dict[int, Path] = {}
-
-    def __enter__(self) -> "Campaign":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.deepspeed.warm.close()
 
     def reference(self, stage: int) -> Path:
         """The run's folder that one leaves which nothing happens to, under this ZeRO stage."""
@@ -403,9 +398,10 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     with (
         tempfile.TemporaryDirectory(prefix="sora-hw-faults-") as folder,
-        Campaign(Path(folder)) as campaign,
+        closing(Warm()) as warm,
         Progress(console=console) as progress,
     ):
+        campaign = Campaign(Path(folder), warm)
         bar = progress.add_task("faults", total=len(chosen))
         for fault in chosen:
             progress.update(bar, description=fault.name[:60])

@@ -13,9 +13,8 @@ A_FAULT = Fault("SIGKILL", "in step 4", (at("os:rename"),), ranks=(0, 1), told=F
 
 
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory):
-    with Campaign(tmp_path_factory.mktemp("faults")) as campaign:
-        yield campaign
+def campaign(tmp_path_factory, warm):
+    return Campaign(tmp_path_factory.mktemp("faults"), warm)
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.short], ids=lambda fault: fault.name)

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from dataclasses import asdict, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -193,9 +194,15 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("which", ["one", "several"])
+# Every page in both widths and both schemes; the other combinations of the three follow in `make test-full`.
+SHOWN = [("one", 1280, "light"), ("one", 390, "dark"), ("several", 1280, "dark"), ("several", 390, "light")]
+ALL_SHOWN = [*product(("one", "several"), (1280, 390), ("light", "dark"))]
+
+
+@pytest.mark.parametrize(
+    ("which", "width", "scheme"),
+    [case if case in SHOWN else pytest.param(*case, marks=pytest.mark.full) for case in ALL_SHOWN],
+)
 def test_the_page_is_readable(pages, show, which, width, scheme):
     page = show(pages[which], width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -390,7 +390,7 @@ def test_the_process_ends_with_2_and_one_line(folder, launch, good):
 
 
 def test_under_deepspeed_one_rank_tells_it(folder, launch, good):
-    done = launch(2, *good, "--train-data", "gone.jsonl", cwd=folder, cold=True)
+    done = launch(2, *good, "--train-data", "gone.jsonl", cwd=folder)
     assert done.returncode != 0
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
     assert lines == ["error: gone.jsonl: no such data file"]

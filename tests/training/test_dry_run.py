@@ -8,6 +8,7 @@ import pytest
 
 from sora_hw.cli import main as sora_hw
 from sora_hw.recipes import commonsense, glue, metamath
+from sora_hw.training.forecast import forecast
 from sora_hw.training.launch import main
 
 GIB = 2**30
@@ -29,6 +30,19 @@ def offline(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == [], "a dry run writes nothing"
 
 
+@pytest.fixture
+def forecast_once(monkeypatch):
+    """A plan that is shown twice, for people and for programs, is tracked once: that takes seconds."""
+    known = {}
+
+    def once(plan, base):
+        if repr(plan) not in known:
+            known[repr(plan)] = forecast(plan, base)
+        return known[repr(plan)]
+
+    monkeypatch.setattr("sora_hw.training.dry_run.forecast", once)
+
+
 @pytest.fixture(scope="module")
 def recipes():
     """The first plan's recipe, by benchmark and method: on other hardware it must be the same."""
@@ -38,7 +52,7 @@ def recipes():
 @pytest.mark.parametrize("method", ["lora", "sora"])
 @pytest.mark.parametrize("hardware", SETUPS)
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_the_twelve_combinations(benchmark, hardware, method, recipes, capsys):
+def test_the_twelve_combinations(benchmark, hardware, method, recipes, forecast_once, capsys):
     module, model, steps, warmup, learning_rate, rates, base = BENCHMARKS[benchmark]
     ranks, memory = SETUPS[hardware]
     arguments = ["--dry-run", "--hardware", hardware, "--method", method]
@@ -135,7 +149,7 @@ def test_the_steps_of_own_data_follow_from_them(capsys, tmp_path_factory):
     assert capsys.readouterr().err.startswith("error: missing.jsonl")
 
 
-def test_plan_is_the_dry_run(capsys):
+def test_plan_is_the_dry_run(forecast_once, capsys):
     assert main(glue, ["--dry-run", "--json", "--task", "cola", "--hardware", "8x910c"]) == 0
     dry_run = capsys.readouterr().out
     assert sora_hw(["plan", "glue", "--json", "--task", "cola", "--hardware", "8x910c"]) == 0

@@ -24,16 +24,26 @@ print(len(trained), sum(value.numel() for value in trained))
 """
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory, train):
-    """`deepspeed --num_accelerators 2 launchers/commonsense.py --backend cpu`, with a secret in the environment and
+SECRET = "hf_secretsecret"
+SHORT = 40  # steps, after which twice as many questions are answered rightly as before; the default takes long
+
+
+def or_the_default(steps):
+    """In `make test-full` the recipe's own number of steps as well."""
+    return [["--max-steps", str(steps)], pytest.param([], marks=pytest.mark.full)]
+
+
+@pytest.fixture(scope="session", params=or_the_default(SHORT), ids=" ".join)
+def demo(request, tmp_path_factory, train):
+    """`deepspeed --num_accelerators 2 launchers/commonsense.py --backend cpu`, with secrets in the environment and
     with a compiler that does not work."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_TOKEN", "hf_secretsecret")
+        for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"):
+            patch.setenv(name, SECRET)
         patch.setenv("CXX", "/bin/false")
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
-        return train(folder / "run", 2, cold=True)
+        return train(folder / "run", 2, *request.param, cold=True)
 
 
 def test_the_demo_learns_the_embedded_questions(demo):
@@ -91,11 +101,14 @@ def test_the_manifest_repeats_the_run_and_keeps_secrets(demo):
     assert manifest["status"] == "finished"
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["recipe"]["seed"] == 42 and manifest["recipe"]["method"] == "sora"
-    assert manifest["argv"][1:] == ["--backend", "cpu", "--output", str(demo.folder)]  # after DeepSpeed's --local_rank
+    short = ["--max-steps", str(SHORT)] if manifest["recipe"]["max_steps"] == SHORT else []
+    given = ["--backend", "cpu", "--output", str(demo.folder), *short]
+    assert manifest["argv"][1:] == given  # after DeepSpeed's --local_rank
     assert len(manifest["data"]["checksum"]) == 64 and manifest["kernels"] == "sora_hw_kernels.reference"
     assert manifest["environment"]["DS_ACCELERATOR"] == "cpu"
     assert manifest["deepspeed"]["zero_optimization"]["stage"] == 2
-    assert "hf_secret" not in json.dumps(manifest)
+    written = [file for file in demo.folder.rglob("*") if file.is_file()]
+    assert not [file for file in written if SECRET.encode() in file.read_bytes()] and SECRET not in demo.stdout
 
 
 def test_the_demo_s_page(demo, tmp_path):
@@ -121,25 +134,27 @@ def test_the_adapter_loads_in_a_fresh_process(demo):
 
 
 @pytest.mark.shared_data
-def test_the_loss_falls_on_the_eight_real_training_files(tmp_path, shared_data, train):
+@pytest.mark.parametrize("steps", [24, pytest.param(60, marks=pytest.mark.full)])
+def test_the_loss_falls_on_the_eight_real_training_files(tmp_path, shared_data, train, steps):
     files = sorted((shared_data / "commonsense").glob("*.train*.jsonl.gz"))
     assert len(files) == 8
-    run = train(tmp_path / "run", 2, "--train-data", *files, "--max-steps", 60, "--global-batch", 8, "--micro-batch", 2)
+    sizes = ["--max-steps", steps, "--global-batch", 8, "--micro-batch", 2]
+    run = train(tmp_path / "run", 2, "--train-data", *files, *sizes)
     assert run.manifest["data"]["training_samples"] + run.manifest["data"]["validation_samples"] == 10268
-    assert len(run.losses) == 60
+    assert len(run.losses) == steps
     assert sum(run.losses[-10:]) < 0.8 * sum(run.losses[:10])
     assert run.manifest["results"]["embedded_questions"] is None
 
 
 @pytest.mark.shared_data
-def test_the_loss_falls_on_real_mathematics(tmp_path, shared_data, train):
-    file = shared_data / "math" / "math_demo.train.jsonl.gz"
-    run = train(
-        tmp_path / "run", 2, "--train-data", file, "--global-batch", 8, "--micro-batch", 2, launcher="metamath.py"
-    )
+@pytest.mark.parametrize("given", or_the_default(24), ids=" ".join)
+def test_the_loss_falls_on_real_mathematics(tmp_path, shared_data, train, given):
+    data = ["--train-data", shared_data / "math" / "math_demo.train.jsonl.gz"]
+    sizes = ["--global-batch", 8, "--micro-batch", 2, *given]
+    run = train(tmp_path / "run", 2, *data, *sizes, launcher="metamath.py")
     assert run.manifest["recipe"]["rotation_rank"] == 2 and run.manifest["recipe"]["name"] == "metamath"
     assert run.manifest["data"]["training_samples"] + run.manifest["data"]["validation_samples"] == 1500
-    assert len(run.losses) == 60
+    assert len(run.losses) == (24 if given else 60)
     assert sum(run.losses[-10:]) < 0.8 * sum(run.losses[:10])
 
 

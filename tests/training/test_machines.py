@@ -10,12 +10,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from deepspeed.accelerator import cpu_accelerator, cuda_accelerator, npu_accelerator
 from deepspeed.launcher import runner
+from warm import with_programs
 
 from sora_hw.devices import DEVICES
 from sora_hw.devices.cpu import CPU
@@ -39,6 +41,7 @@ from sora_hw.training.plan import make_plan
 from sora_hw.training.run import check
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "commonsense.py"
+NODES = ("node-a", "node-b")
 HOSTS = "# two machines\n\nnode-a slots=2\n  node-b\tslots=16 # the big one\n"
 
 # A node's name, and versions that only it believes to have.
@@ -50,6 +53,20 @@ if "OTHER_VERSION" in os.environ:
     package, _, other = os.environ["OTHER_VERSION"].partition("=")
     told = importlib.metadata.version
     importlib.metadata.version = lambda name: other if name == package else told(name)
+"""
+
+# The launcher on a node, in a process that need not import anything (see `warm`).
+NODE = f"""
+import ctypes, sys
+{SITE}
+if "NAMESPACE" in os.environ:
+    with open("/run/netns/" + os.environ["NAMESPACE"]) as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
+sys.path.insert(0, {str(LAUNCHER.parent)!r})
+import before_torch
+from sora_hw.recipes import commonsense
+from sora_hw.training import launch
+sys.exit(launch.main(commonsense))
 """
 
 # pdsh without a network: runs the command as if on each host, %n being its number, in an environment that has nothing
@@ -214,14 +231,13 @@ def free_port():
 
 @dataclass(frozen=True)
 class Network:
-    """How two nodes reach each other: what runs a program in each, the first one's address, and their variables."""
+    """How two nodes reach each other: the first one's address, and the variables of each."""
 
-    inside: tuple[tuple[str, ...], tuple[str, ...]]
     address: str
-    variables: dict[str, str]
+    variables: tuple[dict[str, str], dict[str, str]]
 
 
-LOOPBACK = Network(((), ()), "127.0.0.1", {})
+LOOPBACK = Network("127.0.0.1", ({}, {}))
 
 
 @pytest.fixture
@@ -238,41 +254,45 @@ def cable():
             done = subprocess.run(step.split(), capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"no network namespaces here: `{step}` says {done.stderr.strip()}")
-        inside = tuple(("ip", "netns", "exec", name) for name in names)
-        yield Network(inside, "10.77.0.1", {"GLOO_SOCKET_IFNAME": "data"})
+        first, second = ({"NAMESPACE": name, "GLOO_SOCKET_IFNAME": "data"} for name in names)
+        yield Network("10.77.0.1", (first, second))
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 @pytest.fixture
-def two_nodes(tmp_path, site, arguments, finish):
+def two_nodes(tmp_path, arguments, warm):
     """`two_nodes(launcher, second=(), network=LOOPBACK, **variables)`: what both printed, their exit codes.
 
     With `launcher` DeepSpeed's starts each node's rank, otherwise the rank is started bare, which is faster. `second`
     and the variables are the second node's alone. Both nodes have ended, or the test fails.
     """
+    program = tmp_path / "node.py"
+    program.write_text(NODE)
 
     def run(launcher, second=(), network=LOOPBACK, **variables):
         port = str(free_port())
         file = hostfile(tmp_path, "node-a slots=1\nnode-b slots=1\n")
         by_deepspeed = [Path(sys.executable).with_name("deepspeed"), "--hostfile", file, "--no_ssh"]
         by_deepspeed += ["--master_addr", network.address, "--master_port", port, "--node_rank"]
-        started = []
-        for number, name in enumerate(("node-a", "node-b")):
-            own = second if number else ()
-            command = [*network.inside[number], *([*by_deepspeed, number] if launcher else [sys.executable])]
-            command += [LAUNCHER, *arguments, "--output", tmp_path / "out", *own]
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": site}
-            environment |= {"NODE_NAME": name, **network.variables, **(variables if number else {})}
-            if not launcher:
-                environment |= {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-                environment |= {"MASTER_ADDR": network.address, "MASTER_PORT": port}
-            log = (tmp_path / f"{name}.log").open("w+")
-            out = {"stdout": log, "stderr": log, "start_new_session": True}
-            started.append((subprocess.Popen(list(map(str, command)), env=environment, cwd=tmp_path, **out), log.name))
-        codes = [finish(process).returncode for process, _ in started]
-        return [(Path(name).read_text(), code) for (_, name), code in zip(started, codes, strict=True)]
+        with ExitStack() as nodes:
+            processes = []
+            for number, name in enumerate(NODES):
+                own, said = second if number else (), tmp_path / name
+                said.mkdir()
+                command = [*([*by_deepspeed, number] if launcher else ()), program, *arguments]
+                command += ["--output", tmp_path / "out", *own]
+                environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NODE_NAME": name}
+                environment |= {**network.variables[number], **(variables if number else {})}
+                if not launcher:
+                    environment |= {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+                    environment |= {"MASTER_ADDR": network.address, "MASTER_PORT": port}
+                node = warm.begun(list(map(str, command)), tmp_path, with_programs(environment), said)
+                processes.append(nodes.enter_context(node))
+            codes = [warm.end(process) for process in processes]
+        told = ["".join((tmp_path / name / each).read_text() for each in ("stdout", "stderr")) for name in NODES]
+        return list(zip(told, codes, strict=True))
 
     return run
 

@@ -19,7 +19,7 @@ namespace {
 // The process that has run a backward pass and so has autograd's threads: a fork does not inherit them.
 std::atomic<pid_t> process_with_threads{0};
 
-const auto observer = at::addGlobalCallback(
+const auto autograd_observer = at::addGlobalCallback(
     at::RecordFunctionCallback([](const at::RecordFunction&) -> std::unique_ptr<at::ObserverContext> {
       process_with_threads = getpid();
       return nullptr;
