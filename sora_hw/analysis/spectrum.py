@@ -18,7 +18,9 @@ from torch import Tensor
 from sora_hw.conditioning import Conditioning, LinearMap, Parameters, conditioned_weight, linear_map, low_rank_rows
 
 CORE, DENSE = "core", "dense"  # how singular values were computed
-SMALLEST_FROM_SQUARES = 1e-6  # of the largest singular value: there the squares leave an error of some 1e-9
+# Shares of the largest singular value. At the first the squares leave an error of some 1e-9 of the largest; what lies
+# below the second is told apart from the rest before what lies below the first is read.
+SMALLEST_FROM_SQUARES, NEAR_THE_SMALLEST = 1e-6, 1e-4
 _BLOCK = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")  # encoder.layer.3.output.dense: the number of its block, its place there
 
 
@@ -115,18 +117,39 @@ def singular_values(update: Tensor) -> Tensor:
     """The singular values of `dW` (out, in), descending, float64, within 1e-8 of the largest.
 
     They are the roots of the eigenvalues of the smaller Gram matrix: that is several times as fast as to decompose `dW`
-    itself, whose reduction waits for memory. Squaring costs the small ones half of their digits, so where one is
-    smaller than `SMALLEST_FROM_SQUARES` of the largest, `dW` is decomposed.
+    itself, whose reduction waits for memory. Squaring costs the small ones half of their digits; those below
+    `SMALLEST_FROM_SQUARES` of the largest are found again from `dW`, or, where they are many, all of them.
     """
     update = update.double()
     scale = update.abs().max()
     if not scale > 0:
         return torch.linalg.svdvals(update)
     scaled = update / scale  # whose squares neither overflow nor vanish
-    squares = torch.linalg.eigvalsh(scaled @ scaled.T if scaled.shape[0] <= scaled.shape[1] else scaled.T @ scaled)
-    if squares[0] < SMALLEST_FROM_SQUARES**2 * squares[-1]:
+    tall = scaled if scaled.shape[0] >= scaled.shape[1] else scaled.T
+    gram = tall.T @ tall
+    squares = torch.linalg.eigvalsh(gram)
+    small, near = ((squares < bound**2 * squares[-1]).sum() for bound in (SMALLEST_FROM_SQUARES, NEAR_THE_SMALLEST))
+    if small > 0 and near > len(squares) // 16:
         return torch.linalg.svdvals(update)
-    return squares.flip(0).sqrt() * scale
+    sigma = squares.flip(0).clamp(min=0.0).sqrt()
+    if small > 0:
+        sigma[-small:] = _smallest(tall, gram, squares[-1], near + 8)[-small:]
+    return sigma * scale
+
+
+def _smallest(tall: Tensor, gram: Tensor, largest: Tensor, count: int) -> Tensor:
+    """The `count` smallest singular values of `tall`, (m, n), descending: the first of them roughly, the last exactly.
+
+    Those of `tall` within the space that `gram^-1` turns any vectors to: at each turn it draws out directions a hundred
+    times smaller than the ones left over by a factor of ten thousand. What rounding has done to `gram`, and the small
+    number that keeps it invertible, hardly change that space.
+    """
+    n, double = len(gram), torch.finfo(torch.float64)
+    lower = torch.linalg.cholesky(gram + torch.eye(n, dtype=torch.float64) * (4 * n * double.eps * largest))
+    vectors = torch.randn(n, count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in range(4):
+        vectors = torch.linalg.qr(torch.cholesky_solve(vectors, lower)).Q
+    return torch.linalg.svdvals(tall @ vectors)
 
 
 def singular_value_entropy(sigma: Tensor) -> float:

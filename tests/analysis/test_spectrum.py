@@ -220,6 +220,17 @@ def test_small_values_keep_their_digits(out, inn, spike):
     assert numpy.abs(singular_values(1e-170 * update).numpy() - 1e-170 * expected).max() <= 1e-180 * expected[0]
 
 
+@pytest.mark.parametrize("smallest", [[0.0], [3e-7] * 10, [2e-4, 9e-5, 9e-7, 1e-9, 1e-12, 0.0]])
+@pytest.mark.parametrize(("out", "inn"), [(320, 320), (320, 400), (400, 320)])
+def test_a_few_values_near_zero_are_found_without_decomposing_the_matrix(out, inn, smallest, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(size, 320, generator=generator, dtype=DOUBLE)).Q for size in (out, inn))
+    sigma = torch.cat([torch.logspace(0, -3, 320 - len(smallest)), torch.tensor(smallest)]).double()
+    decompose = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda m: decompose(m) if min(m.shape) < 40 else pytest.fail("all"))
+    assert torch.allclose(singular_values(7 * (u * sigma) @ v.T), 7 * sigma, rtol=0, atol=1e-11)
+
+
 def test_a_rank_that_is_lacking_is_not_made_up():
     left, right = torch.randn(64, 5).double(), torch.randn(5, 48).double()
     found = singular_values(left @ right)
