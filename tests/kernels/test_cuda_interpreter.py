@@ -16,18 +16,24 @@ pytest.importorskip("triton", reason="Triton is not installed")
 CHECKS = Path(__file__).with_name("interpreted_kernels.py")
 
 
-# Of many rows backward passes and rotations take minutes: `make test` has few of their options, `make test-full` all.
-CHEAP = "not many-rows or test_forward or test_input_gradient or test_backward_without"
+# Backward passes of many rows take minutes, and so do all rotations: `make test` has the former with few of their
+# options, the latter with each two of theirs together, and `make test-full` has them all.
+CHEAP = "not many-rows and not test_the_rotation or test_forward or test_input_gradient or test_backward_without"
+PAIRS = "True-bounded-True or True-reference-False or False-bounded-False or False-reference-True"
 FEW_OPTIONS = (
     *("dtype0-many-rows-True-True-False", "dtype1-many-rows-False-False-True-True"),
-    *("many-rows-True-bounded-True", "many-rows-False-reference-False"),
+    *("many-rows-True-bounded-True", "many-rows-False-reference-True"),
+    f"test_the_rotation and not many-rows and ({PAIRS})",
 )
 
 
 @pytest.mark.parametrize(
     ("chosen", "least"),
-    [(" or ".join((CHEAP, *FEW_OPTIONS)), 300), pytest.param("many-rows", 40, marks=pytest.mark.full)],
-    ids=["few options of many rows", "all of many rows"],
+    [
+        (" or ".join((CHEAP, *FEW_OPTIONS)), 300),
+        pytest.param("many-rows or test_the_rotation", 80, marks=pytest.mark.full),
+    ],
+    ids=["few options", "all options"],
 )
 def test_every_kernel_in_the_interpreter(chosen, least):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(CHECKS)]
