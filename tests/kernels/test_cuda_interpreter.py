@@ -18,7 +18,7 @@ CHECKS = Path(__file__).with_name("interpreted_kernels.py")
 
 # Backward passes of many rows take minutes, and so do all rotations: `make test` has the former with few of their
 # options, the latter with each two of theirs together, and `make test-full` has them all.
-CHEAP = "not many-rows and not test_the_rotation or test_forward or test_input_gradient or test_backward_without"
+CHEAP = "not many-rows and not test_the_rotation or test_forward or test_input_gradient"
 PAIRS = "True-bounded-True or True-reference-False or False-bounded-False or False-reference-True"
 FEW_OPTIONS = (
     *("dtype0-many-rows-True-True-False", "dtype1-many-rows-False-False-True-True"),
